@@ -1,0 +1,327 @@
+"""Order, store, plan and engine, run ahead of training: the loop that training iterates.
+
+One worker thread per loader walks the order from the current position, reads the samples' bytes,
+draws their Plan, has the engine execute it, normalises on the consumer's device and keeps a few
+finished batches ready, across the end of an epoch too. What a batch holds is a function of
+(seed, epoch, position); how many batches are ready, how many threads work and when the consumer
+comes changes nothing but `wait_seconds`.
+
+The state is what was *delivered*: prefetched batches are thrown away by a resume and made again.
+"""
+
+import copy
+import json
+import os
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipelines import engines
+from pipelines.batch import Batch
+from pipelines.order import Order, OrderError, Part, Shuffle
+from pipelines.plan import PLAN_VERSION
+from pipelines.recipe import Augmentation
+from pipelines.stream import LoaderError, Place, Stream, Worker, receive
+from shards.store import Store
+
+__all__ = ["Loader", "LoaderError", "differences", "open_loader", "usable_cores"]
+
+_DIFFERENCES_SHOWN = 5
+_ABSENT = "(absent)"
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise LoaderError(message)
+
+
+class Loader:
+    """One rank's batches, for ever, an epoch per iteration. Made by `open_loader`.
+
+        with open_loader(store, augmentation, batch_size=256) as loader:
+            for batch in loader: ...            # to the end of the current epoch
+            for batch in loader: ...            # the next epoch, already prefetched
+
+    Leaving an iteration early keeps the place: the next one goes on there. `close` (or leaving the
+    `with`) ends the worker; so does dropping the last reference. Batches are the caller's to keep
+    and change: none aliases another or the loader. For one consuming thread.
+
+    engine_name: the engine that was chosen. steps_per_epoch: global batches in an epoch; each is
+    `accumulate` items. `len(loader)`: items that this rank gets in a whole epoch, which in an
+    evaluation (drop_last=False) may be one less on ranks that the last batch has no sample for.
+    wait_seconds: host time spent blocked for batches, in all. fingerprint: JSON-ready, all that
+    determines the stream.
+    """
+
+    def __init__(self, stream: Stream, engine: engines.Engine) -> None:
+        self._stream = stream
+        self._idle_engine: engines.Engine | None = engine
+        self._next = Place(0, 0, 0)
+        self._worker: Worker | None = None
+        self._finalizer: weakref.finalize[Any, Loader] | None = None
+        self._closed = False
+        self.wait_seconds = 0.0
+        self.engine_name = stream.engine_name
+        self.steps_per_epoch = stream.order.steps_per_epoch
+        self.fingerprint: dict[str, Any] = _plain(
+            {
+                "store": stream.store.fingerprint,
+                "order": stream.order.declaration(),
+                "plan": {"version": PLAN_VERSION},
+                "augmentation": stream.augmentation.declaration(),
+                "engine": {"name": engine.name, "approximations": sorted(engine.approximations)},
+            }
+        )
+
+    def __len__(self) -> int:
+        return self._stream.own_steps() * self._stream.accumulate
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the current epoch. Raises what the worker met, as it was raised there."""
+        epoch = self._next.epoch
+        while self._next.epoch == epoch:
+            if self._next.step >= self._stream.own_steps():
+                self._next = Place(epoch + 1, 0, 0)
+                return
+            yield self._take()
+
+    def _take(self) -> Batch:
+        _require(not self._closed, "this loader is closed; open another one")
+        started = time.perf_counter()
+        if self._worker is None:
+            self._worker = self._new_worker()
+        try:
+            place, batch, ready = self._worker.take()
+        except BaseException:
+            self._halt()
+            raise
+        finally:
+            self.wait_seconds += time.perf_counter() - started
+        epoch, step, part = place
+        if part + 1 < self._stream.accumulate:
+            self._next = Place(epoch, step, part + 1)
+        elif step + 1 < self.steps_per_epoch:
+            self._next = Place(epoch, step + 1, 0)
+        else:
+            self._next = Place(epoch + 1, 0, 0)
+        return receive(batch, ready, self._stream.device)
+
+    def _new_worker(self) -> Worker:
+        engine, self._idle_engine = self._idle_engine, None
+        worker = Worker(self._stream, engine or self._stream.open_engine(), self._next)
+        self._finalizer = weakref.finalize(self, worker.stop)
+        return worker
+
+    def _halt(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer()  # stops the worker, once
+        self._worker = self._finalizer = None
+
+    def close(self) -> None:
+        """End the worker thread and the engine. The state can still be read. May be repeated."""
+        self._closed = True
+        self._halt()
+        if self._idle_engine is not None:
+            self._idle_engine.close()
+            self._idle_engine = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"epoch", "position", "fingerprint"}: where the next step starts; JSON-ready.
+
+        position: samples of the epoch's global order whose steps were delivered. After an epoch's
+        last step it is position 0 of the next epoch.
+        Raises LoaderError between the micro-batches of a step.
+        """
+        epoch, step, part = self._next
+        _require(
+            part == 0,
+            f"micro-batch {part} of {self._stream.accumulate} of step {step} was delivered: "
+            f"a state is taken between steps",
+        )
+        return {
+            "epoch": epoch,
+            "position": step * self._stream.order.batch_size,
+            "fingerprint": copy.deepcopy(self.fingerprint),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken, with any world size, accumulation or thread count.
+
+        Raises LoaderError, changing nothing, for a state of another stream: it names what differs.
+        """
+        try:
+            epoch, position = int(state["epoch"]), int(state["position"])
+            theirs = state["fingerprint"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise LoaderError(f"this is no state of a loader: {error!r}") from error
+        found = differences(_plain(theirs), self.fingerprint)
+        shown = "; ".join(found[:_DIFFERENCES_SHOWN])
+        more = len(found) - _DIFFERENCES_SHOWN
+        _require(
+            not found,
+            f"the state belongs to another stream of samples: {shown}"
+            + (f"; and {more} more" if more > 0 else ""),
+        )
+        order = self._stream.order
+        step, rest = divmod(position, order.batch_size)
+        _require(
+            epoch >= 0 and rest == 0 and 0 <= step < order.steps_per_epoch,
+            f"epoch {epoch}, position {position} is no start of a step: epochs have "
+            f"{order.epoch_length} positions in batches of {order.batch_size}",
+        )
+        self._halt()
+        self._next = Place(epoch, step, 0)
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from a JSON file: tuples as lists, keys as strings."""
+    return json.loads(json.dumps(value))
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    match value:
+        case dict() if value:
+            for key, inner in value.items():
+                yield from _leaves(inner, f"{path}.{key}" if path else key)
+        case list() if value:
+            for index, inner in enumerate(value):
+                yield from _leaves(inner, f"{path}.{index}")
+        case _:
+            yield path, value
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """What differs between two JSON values: "order.seed was 1 and is 2" by dotted key, sorted."""
+    was, now = dict(_leaves(old, "")), dict(_leaves(new, ""))
+    return [
+        f"{key} was {_shown(was, key)} and is {_shown(now, key)}"
+        for key in sorted(was.keys() | now.keys())
+        if key not in was or key not in now or was[key] != now[key]
+    ]
+
+
+def _shown(leaves: Mapping[str, Any], key: str) -> str:
+    return json.dumps(leaves[key]) if key in leaves else _ABSENT
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def open_loader(
+    store: Store,
+    augmentation: Augmentation,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    engine: str = "auto",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    shuffle: Shuffle = "full",
+    window_shards: int = 16,
+    drop_last: bool = True,
+    holdout: float = 0.0,
+    part: Part = "train",
+    subset: NDArray[np.int64] | None = None,
+    occurrences: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulate: int = 1,
+    threads: int | None = None,
+    prefetch: int = 2,
+    stage: bool = True,
+) -> Loader:
+    """A Loader of `augmentation`'s views of the store's samples, for one rank.
+
+    batch_size: samples in a *global* batch, divided among `world_size` ranks and `accumulate`
+    micro-batches. seed, shuffle, window_shards, drop_last, holdout, part, subset, occurrences: see
+    `order.Order`. For evaluation shuffle="none", drop_last=False: every sample once, no padding;
+    the last batch may be shorter, also by rank, and a rank without a sample in it gets none.
+    engine: "auto" or a name in `engines.ENGINES`. device, dtype: of the finished views.
+    threads: host threads of the engine, by default all cores of this process (give a rank its
+    share where several run on a machine). prefetch: finished batches kept ready, 1 or more.
+    stage: False leaves the views uint8.
+    Raises LoaderError for what cannot be delivered, Unsupported for what no engine can run.
+    """
+    target = torch.device(device)
+    if target.type == "cuda":
+        _require(torch.cuda.is_available(), f"device {target}: torch finds no CUDA device")
+        if target.index is None:  # the worker thread has a current device of its own
+            target = torch.device("cuda", torch.cuda.current_device())
+    _require(len(store) > 0, f"{store.uri} has no samples")
+    for name, value in (
+        ("batch_size", batch_size),
+        ("world_size", world_size),
+        ("accumulate", accumulate),
+        ("prefetch", prefetch),
+        ("threads", 1 if threads is None else threads),
+    ):
+        _require(value > 0, f"{name} is {value}; it must be at least 1")
+    _require(0 <= rank < world_size, f"rank is {rank}; it must be in [0, {world_size})")
+    _require(
+        dtype in (torch.float32, torch.float16, torch.bfloat16),
+        f"dtype is {dtype}; views can be float32, float16 or bfloat16",
+    )
+    _require(drop_last or accumulate == 1, "accumulate needs drop_last: its steps are all whole")
+    shares = world_size * accumulate
+    _require(
+        batch_size % shares == 0,
+        f"batch_size {batch_size} is no multiple of world_size x accumulate = "
+        f"{world_size} x {accumulate}",
+    )
+    _require(
+        batch_size // shares % augmentation.group == 0,
+        f"a micro-batch of {batch_size // shares} samples holds no whole groups of "
+        f"{augmentation.group}, which the recipe {augmentation.name!r} draws for",
+    )
+    try:
+        order = Order(
+            samples=len(store),
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            occurrences=occurrences,
+            window_shards=window_shards if shuffle == "window" else 0,
+            shard_starts=store.shard_starts if shuffle == "window" else None,
+            holdout=holdout,
+            part=part,
+            subset=subset,
+            drop_last=drop_last,
+        )
+    except OrderError as error:
+        raise LoaderError(f"{store.uri}: {error}") from error
+    stream = Stream(
+        store=store,
+        augmentation=augmentation,
+        order=order,
+        engine_name=engines.choose(engine, augmentation, target),
+        rank=rank,
+        world_size=world_size,
+        accumulate=accumulate,
+        device=target,
+        dtype=dtype,
+        threads=threads or usable_cores(),
+        prefetch=prefetch,
+        stage=stage,
+    )
+    return Loader(stream, stream.open_engine())

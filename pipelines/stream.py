@@ -1,0 +1,240 @@
+"""One rank's stream of batches: what determines it, and the thread that makes it ahead of time.
+
+`Stream` is a value: from a place in the order to the work there, to a finished batch. `Worker` is
+the one thread that walks it, so that everything here happens in the order of the places and a
+failure surfaces where it belongs, after the batches before it. `loader` is what training sees.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pipelines import engines
+from pipelines.batch import Batch
+from pipelines.engines.device_stage import device_stage
+from pipelines.order import Order, rank_slice
+from pipelines.plan import draw
+from pipelines.recipe import Augmentation
+from shards.store import Store
+
+
+class LoaderError(ValueError):
+    """A loader that cannot be built, resumed or continued: what is wrong and what may be done."""
+
+
+class Place(NamedTuple):
+    epoch: int
+    step: int  # of the epoch
+    part: int  # micro-batch of the step
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Everything that determines one rank's batches, and nothing that changes."""
+
+    store: Store
+    augmentation: Augmentation
+    order: Order
+    engine_name: engines.EngineName
+    rank: int
+    world_size: int
+    accumulate: int
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+    prefetch: int
+    stage: bool
+
+    def open_engine(self) -> engines.Engine:
+        return engines.open_engine(
+            self.engine_name, self.augmentation, device=self.device, threads=self.threads
+        )
+
+    def step_length(self, step: int) -> int:
+        """Samples in the global batch of a step: the last may be shorter in evaluation."""
+        batch_size = self.order.batch_size
+        return min(batch_size, self.order.epoch_length - step * batch_size)
+
+    def share(self, step: int, part: int) -> slice:
+        """This rank's micro-batch within the global batch: contiguous, of whole groups."""
+        group, drop_last = self.augmentation.group, self.order.drop_last
+        own = rank_slice(
+            self.step_length(step), self.world_size, self.rank, group=group, drop_last=drop_last
+        )
+        piece = rank_slice(
+            own.stop - own.start, self.accumulate, part, group=group, drop_last=drop_last
+        )
+        return slice(own.start + piece.start, own.start + piece.stop)
+
+    def own_steps(self) -> int:
+        """Steps of an epoch in which this rank has samples: all, or all but a short last one."""
+        steps = self.order.steps_per_epoch
+        last = self.share(steps - 1, 0)
+        return steps if last.stop > last.start else steps - 1
+
+    def places(self, start: Place) -> Iterator[Place]:
+        """From `start` on without an end; `own_steps` must not be 0."""
+        epoch, step, part = start
+        steps = self.own_steps()
+        while True:
+            if step >= steps:
+                epoch, step, part = epoch + 1, 0, 0
+            yield Place(epoch, step, part)
+            part += 1
+            if part == self.accumulate:
+                step, part = step + 1, 0
+
+    def work(self, place: Place) -> engines.Work:
+        ids, occurrences = self.order.global_batch(place.epoch, place.step)
+        share = self.share(place.step, place.part)
+        ids, occurrences = ids[share], occurrences[share]
+        plan = draw(
+            self.augmentation,
+            seed=self.order.seed,
+            epoch=place.epoch,
+            position=place.step * self.order.batch_size,
+            ids=ids,
+            occurrences=occurrences,
+            sizes=self.store.sizes(ids),
+        )
+        return engines.Work(plan, self.store.read(ids), self.store.labels(ids))
+
+    def finish(self, batch: Batch) -> Batch:
+        """To the consumer's device, normalised if asked for."""
+        if self.device.type == "cuda":
+            batch = _pinned(batch)
+        if not self.stage:
+            return batch.to(self.device)
+        recipe = self.augmentation
+        return device_stage(batch, recipe.mean, recipe.std, device=self.device, dtype=self.dtype)
+
+    def explain(self, error: BaseException) -> BaseException:
+        """The engine knows a sample's id; the store knows what its owner called it."""
+        if not isinstance(error, engines.SampleError):
+            return error
+        name = self.store.names(np.array([error.sample_id], dtype=np.int64))[0]
+        named = LoaderError(
+            f"sample {error.sample_id} ({name!r}) of {self.store.uri} cannot be decoded: "
+            f"{error.reason}; leave it out with a subset, or make the shards again"
+        )
+        named.__cause__ = error
+        return named
+
+
+def _pinned(batch: Batch) -> Batch:
+    """Page-locked copies of what is on the host, so that the copies to the device do not block."""
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+
+    return replace(
+        batch,
+        views=tuple(pin(view) for view in batch.views),
+        labels=pin(batch.labels),
+        ids=pin(batch.ids),
+        masks=tuple(None if mask is None else pin(mask) for mask in batch.masks),
+        draws={name: pin(draw) for name, draw in batch.draws.items()},
+    )
+
+
+def _side_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """On CUDA the worker's own stream: its copies and kernels run beside the training step's."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))
+
+
+def receive(batch: Batch, ready: torch.cuda.Event | None, device: torch.device) -> Batch:
+    """Order the consumer's stream behind the worker's, and keep the memory until it is done."""
+    if ready is not None:
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(ready)
+        for tensor in (*batch.views, batch.labels, batch.ids, *batch.masks, *batch.draws.values()):
+            if tensor is not None:
+                tensor.record_stream(stream)
+    return batch
+
+
+class Delivery(NamedTuple):
+    place: Place
+    batch: Batch
+    ready: torch.cuda.Event | None
+
+
+class Worker:
+    """A thread that makes batches from `start` on until it fails or is stopped.
+
+    It holds no reference to the Loader, so that a forgotten Loader can end it.
+    """
+
+    def __init__(self, stream: Stream, engine: engines.Engine, start: Place) -> None:
+        self._stream = stream
+        self._engine = engine
+        self._start = start
+        self._ready: SimpleQueue[Delivery | BaseException] = SimpleQueue()
+        self._slots = threading.Semaphore(stream.prefetch)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="headrace-loader", daemon=True)
+        self._thread.start()
+
+    def take(self) -> Delivery:
+        """The next batch, as soon as it is there. Raises what ended the worker."""
+        taken = self._ready.get()
+        if isinstance(taken, BaseException):
+            raise taken
+        self._slots.release()
+        return taken
+
+    def stop(self) -> None:
+        """Ends the thread: at the latest when the batch that it is working on is done."""
+        self._stopping.set()
+        self._slots.release()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            with _side_stream(self._stream.device):
+                self._produce()
+        except BaseException as error:  # whatever it is, the consumer must not wait for ever
+            self._ready.put(self._stream.explain(error))
+        finally:
+            self._engine.close()
+
+    def _produce(self) -> None:
+        places: deque[Place] = deque()
+        failure: list[Exception] = []
+
+        def works() -> Iterator[engines.Work]:
+            # A failure here waits until the engine has given back the batches before it.
+            try:
+                for place in self._stream.places(self._start):
+                    if self._stopping.is_set():
+                        return
+                    work = self._stream.work(place)
+                    places.append(place)
+                    yield work
+            except Exception as error:
+                failure.append(error)
+
+        for made in self._engine.run(works()):
+            if self._stopping.is_set():
+                return
+            batch = self._stream.finish(made)
+            ready = None
+            if self._stream.device.type == "cuda":
+                ready = torch.cuda.Event()
+                ready.record()
+            self._slots.acquire()
+            self._ready.put(Delivery(places.popleft(), batch, ready))
+        if failure:
+            raise failure[0]
+        if not self._stopping.is_set():
+            raise LoaderError(f"the {self._engine.name} engine ended before its work did")

@@ -1,0 +1,295 @@
+"""Indexes of data that others made: WebDataset tars, and folders of image files.
+
+Their sizes and labels are spread over many files, so they are gathered once (headers only, no
+image is decoded) and kept: for tars in a hidden directory beside them, or, where that is not
+writable and for folders always, in the user's cache directory. An index is used as long as names,
+sizes and modification times of the files stay the same.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from shards.atomic import atomic_file
+from shards.headers import HeaderError, ImageHeader, read_header
+from shards.index import ENCODED, INDEX_DTYPE, Index, ShardError, encode_name, read_index
+from shards.index import write_index as write_index_files
+from shards.mapping import map_file
+from shards.webdataset import scan_tar
+
+CACHE_VERSION = 1
+CACHE_PREFIX = ".headrace-index-"
+SOURCE_FILE = "source.json"
+FOLDER_EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+)
+"""What counts as an image in a folder: the same list as torchvision's ImageFolder."""
+_PROGRESS_AFTER_SECONDS = 2.0
+_BAD_FILES_NAMED = 10
+_HEADER_BYTES = 1 << 16  # read of a loose file at first; the frame header is nearly always inside
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What stands in for a manifest: index, class names, and the fingerprint of names and rows."""
+
+    index: Index
+    classes: tuple[str, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    size_bytes: int
+    modified_nanoseconds: int
+
+
+class _Progress(tqdm):
+    """Shown after two seconds, on terminals only. No monitor thread is left behind."""
+
+    monitor_interval = 0
+
+    def __init__(self, description: str, total: int, unit: str) -> None:
+        super().__init__(
+            desc=description,
+            total=total,
+            unit=unit,
+            unit_scale=unit == "B",
+            delay=_PROGRESS_AFTER_SECONDS,
+            disable=None,
+        )
+
+
+def fingerprint_of(files: Iterable[tuple[str, int]], rows: NDArray[np.void], names: bytes) -> str:
+    """sha256 (hex) over (file name, size in bytes) of every file, the row table and the names."""
+    digest = sha256()
+    for name, size_bytes in files:
+        digest.update(encode_name(name) + b"\0" + str(size_bytes).encode() + b"\0")
+    digest.update(np.ascontiguousarray(rows).tobytes())
+    digest.update(names)
+    return digest.hexdigest()
+
+
+def open_tars(paths: tuple[Path, ...]) -> Foreign:
+    """Index of WebDataset tars, each a shard, in the order given."""
+    files = [_file(path, path.name) for path in paths]
+
+    def build() -> tuple[NDArray[np.void], list[str]]:
+        return _scan_tars(paths, sum(file.size_bytes for file in files))
+
+    identity = [str(path) for path in paths]
+    return _cached(paths[0].parent, identity, files, (), build, beside=True)
+
+
+def _scan_tars(paths: tuple[Path, ...], total_bytes: int) -> tuple[NDArray[np.void], list[str]]:
+    tables, names = [], []
+    bad = _BadFiles()
+    with _Progress("indexing tars", total_bytes, "B") as progress:
+        for shard, path in enumerate(paths):
+            data = map_file(path)
+            images = list(scan_tar(path))
+            rows = np.zeros(len(images), INDEX_DTYPE)
+            rows["shard"], rows["encoding"] = shard, ENCODED
+            for row, image in zip(rows, images, strict=True):
+                try:
+                    header = read_header(data[image.offset : image.offset + image.length].data)
+                except HeaderError as error:
+                    bad.add(f"{image.name} in {path}", error)
+                    continue
+                row["offset"], row["length"], row["label"] = (
+                    image.offset,
+                    image.length,
+                    image.label,
+                )
+                row["height"], row["width"] = header.height, header.width
+                names.append(image.name)
+                progress.update(image.length)
+            progress.update(len(data) - sum(image.length for image in images))
+            tables.append(rows)
+    bad.refuse("write the tars again without them")
+    return np.concatenate(tables), names
+
+
+def open_folder(root: Path) -> Foreign:
+    """Index of root/class/**/image files, or of a flat folder of images (label -1).
+
+    Classes are the sub-directories in sorted order, as torchvision's ImageFolder numbers them; a
+    sample's name is its path below root. Raises `ShardError` if root holds neither, or both.
+    """
+    classes = tuple(
+        sorted(
+            entry.name
+            for entry in os.scandir(root)
+            if entry.is_dir() and not entry.name.startswith(".")
+        )
+    )
+    loose = [name for name in sorted(os.listdir(root)) if _is_image(name)]
+    in_classes = [(name, label) for label, name in _walk_classes(root, classes)]
+    if loose and in_classes:
+        raise ShardError(
+            f"{root} holds images both loose ({loose[0]}) and in sub-directories "
+            f"({in_classes[0][0]}): either one directory per class, or all images in one directory"
+        )
+    if not loose and not in_classes:
+        raise ShardError(
+            f"{root} holds no images: expected one directory per class, or images directly "
+            f"({', '.join(sorted(FOLDER_EXTENSIONS))}), or a data set that make_shards wrote"
+        )
+    found = in_classes or [(name, -1) for name in loose]
+    files = [_file(root / name, name) for name, _ in found]
+
+    def build() -> tuple[NDArray[np.void], list[str]]:
+        return _read_headers(root, found, files), [name for name, _ in found]
+
+    known_classes = classes if in_classes else ()
+    return _cached(root, [str(root)], files, known_classes, build, beside=False)
+
+
+def _walk_classes(root: Path, classes: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    for label, name in enumerate(classes):
+        for directory, _, file_names in sorted(os.walk(root / name, followlinks=True)):
+            prefix = os.path.relpath(directory, root)
+            yield from (
+                (label, f"{prefix}/{file_name}")
+                for file_name in sorted(file_names)
+                if _is_image(file_name)
+            )
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in FOLDER_EXTENSIONS and not name.startswith(".")
+
+
+def _read_headers(root: Path, found: list[tuple[str, int]], files: list[_File]) -> NDArray[np.void]:
+    rows = np.zeros(len(found), INDEX_DTYPE)
+    rows["encoding"] = ENCODED
+    rows["length"] = [file.size_bytes for file in files]
+    rows["label"] = [label for _, label in found]
+    bad = _BadFiles()
+    with _Progress("reading image sizes", len(found), "image") as progress:
+        for row, file in zip(rows, files, strict=True):
+            try:
+                header = _read_loose_header(root / file.name)
+                row["height"], row["width"] = header.height, header.width
+            except HeaderError as error:
+                bad.add(str(root / file.name), error)
+            progress.update()
+    bad.refuse("remove them, or convert the folder with make_shards, which leaves such files out")
+    return rows
+
+
+def _read_loose_header(path: Path) -> ImageHeader:
+    with path.open("rb") as file:
+        start = file.read(_HEADER_BYTES)
+        try:
+            return read_header(start)
+        except HeaderError:
+            rest = file.read()
+            if not rest:
+                raise
+            return read_header(start + rest)
+
+
+class _BadFiles:
+    """Collects what cannot be used, to name it in one error instead of one per attempt."""
+
+    def __init__(self) -> None:
+        self._first: list[str] = []
+        self._count = 0
+
+    def add(self, where: str, error: HeaderError) -> None:
+        self._count += 1
+        if len(self._first) < _BAD_FILES_NAMED:
+            self._first.append(f"{where}: {error}")
+
+    def refuse(self, remedy: str) -> None:
+        if self._count:
+            more = self._count - len(self._first)
+            listed = "; ".join(self._first) + (f"; and {more} more" if more else "")
+            raise ShardError(f"{self._count} file(s) are no readable images ({listed}): {remedy}")
+
+
+def _file(path: Path, name: str) -> _File:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read ({error.strerror})") from error
+    return _File(name, status.st_size, status.st_mtime_ns)
+
+
+def _cached(
+    directory: Path,
+    identity: list[str],
+    files: list[_File],
+    classes: tuple[str, ...],
+    build: Callable[[], tuple[NDArray[np.void], list[str]]],
+    *,
+    beside: bool,
+) -> Foreign:
+    """The index kept for these files in this state, or the one that `build` makes now.
+
+    identity: absolute paths. build: gives rows and names. beside: keep it in `directory` if that
+    can be written, else (and without `beside`) in the user's cache.
+
+    The directory's name holds a hash of the paths and one of the files' state, and SOURCE_FILE is
+    written last: processes that build the same index at once write the same bytes.
+    """
+    place = _hash16(identity)
+    state = _hash16(
+        [CACHE_VERSION, classes, *((f.name, f.size_bytes, f.modified_nanoseconds) for f in files)]
+    )
+    name = f"{CACHE_PREFIX}{place}-{state}"
+    parents = [user_cache()]
+    if beside:
+        parents.insert(0, directory)
+    for parent in parents:
+        if (parent / name / SOURCE_FILE).is_file():
+            return _read_cached(parent / name)
+    parent = directory if beside and os.access(directory, os.W_OK) else user_cache()
+    rows, names = build()
+    try:
+        (parent / name).mkdir(parents=True, exist_ok=True)
+        write_index_files(parent / name, rows, names)
+        index = read_index(parent / name)
+        fingerprint = fingerprint_of(
+            ((f.name, f.size_bytes) for f in files), index.rows, index.names.tobytes()
+        )
+        source = {"classes": classes, "fingerprint": fingerprint}
+        with atomic_file(parent / name / SOURCE_FILE) as file:
+            file.write(json.dumps(source).encode("ascii"))
+    except OSError as error:
+        raise ShardError(
+            f"the index of {directory} cannot be kept in {parent} ({error.strerror}): make room, "
+            "or let XDG_CACHE_HOME name a writable directory"
+        ) from error
+    for stale in parent.glob(f"{CACHE_PREFIX}{place}-*"):
+        if stale.name != name:
+            shutil.rmtree(stale, ignore_errors=True)
+    return Foreign(index, classes, fingerprint)
+
+
+def _read_cached(directory: Path) -> Foreign:
+    try:
+        source = json.loads((directory / SOURCE_FILE).read_bytes())
+        return Foreign(read_index(directory), tuple(source["classes"]), source["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{directory} is damaged ({error}): delete it, it is made anew") from error
+
+
+def _hash16(values: list[Any]) -> str:
+    return sha256(json.dumps(values).encode("ascii")).hexdigest()[:16]
+
+
+def user_cache() -> Path:
+    """Where indexes go that cannot lie beside the data (XDG base directories)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"

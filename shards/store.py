@@ -1,0 +1,361 @@
+"""open_store: any data set on this machine as one thing, ids 0..n-1 with sizes, labels and bytes.
+
+A store is an index and a way to get at bytes; that is all a training loop knows of the disk. Sizes
+and labels come from the index alone, so everything random about a batch can be drawn before a byte
+of it is read. Bytes are views into the page cache wherever the file holds them as they are.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from shards.beton import read_beton_index
+from shards.foreign import fingerprint_of, open_folder, open_tars
+from shards.index import RAW, Index, ShardError, read_index
+from shards.manifest import MANIFEST_FILE, read_manifest
+from shards.mapping import MappedFiles
+
+SPLITS = ("train", "val", "test")
+_PATTERN = re.compile(r"[*?\[{]")
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://|pipe:")
+_EXPECTED = (
+    "expected a directory that make_shards wrote, a .beton file, WebDataset tars (a path, a glob, "
+    "or x-{000..012}.tar), or a folder of images (one directory per class, or flat)"
+)
+
+
+class Store(Protocol):
+    """Samples with ids 0..n-1. Read-only, safe to share among threads; pickles by re-opening.
+
+    uri: absolute path or pattern. fingerprint: hex, equal for equal data. classes: human names, or
+    ids where there are no names; () if unknown. shard_starts: int64 [shards + 1], the id at which
+    each shard starts, then n. ids are integers [n]; one out of range is a `ShardError`.
+    """
+
+    @property
+    def uri(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def shard_starts(self) -> NDArray[np.int64]: ...
+
+    def __len__(self) -> int: ...
+
+    def sizes(self, ids: ArrayLike) -> NDArray[np.int32]:
+        """Height and width in pixels, int32 [n, 2], from the index alone."""
+        ...
+
+    def labels(self, ids: ArrayLike) -> NDArray[np.int64]:
+        """Class numbers int64 [n], -1 = none, from the index alone."""
+        ...
+
+    def names(self, ids: ArrayLike) -> list[str]:
+        """What the samples were called where they came from; for people."""
+        ...
+
+    def read(self, ids: ArrayLike) -> list[NDArray[np.uint8]]:
+        """Encoded bytes, one read-only array uint8 [bytes] per id.
+
+        Views into mapped files; raw pixels are copied behind a PNM header (P6). `ShardError` if a
+        file vanished or changed.
+        """
+        ...
+
+
+class _Bytes(Protocol):
+    """Where an indexed store gets a sample's bytes from."""
+
+    def read(self, shard: int, offset: int, length: int) -> NDArray[np.uint8]: ...
+
+
+class IndexedStore:
+    """The one implementation of `Store`: an index, and files that are mapped or read one by one."""
+
+    def __init__(
+        self,
+        uri: str,
+        fingerprint: str,
+        classes: tuple[str, ...],
+        shard_starts: NDArray[np.int64],
+        index: Index,
+        files: _Bytes | None,
+    ) -> None:
+        """files: None where every sample is a file of its own, named by the index below `uri`."""
+        self.uri = uri
+        self.fingerprint = fingerprint
+        self.classes = classes
+        self.shard_starts = shard_starts
+        self._index = index
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __repr__(self) -> str:
+        return f"<store of {len(self)} samples at {self.uri}>"
+
+    def sizes(self, ids: ArrayLike) -> NDArray[np.int32]:
+        """See `Store.sizes`."""
+        ids = self._checked(ids)
+        rows = self._index.rows
+        return np.stack((rows["height"][ids], rows["width"][ids]), axis=1).astype(np.int32)
+
+    def labels(self, ids: ArrayLike) -> NDArray[np.int64]:
+        """See `Store.labels`."""
+        return self._index.rows["label"][self._checked(ids)].astype(np.int64)
+
+    def names(self, ids: ArrayLike) -> list[str]:
+        """See `Store.names`. A .beton file made by others holds no names: the ids serve."""
+        return [self._index.name(i) or f"{i:09d}" for i in self._checked(ids).tolist()]
+
+    def read(self, ids: ArrayLike) -> list[NDArray[np.uint8]]:
+        """See `Store.read`."""
+        ids = self._checked(ids)
+        rows = self._index.rows[ids]
+        if self._files is None:
+            return [
+                self._read_file(i, int(row["length"])) for i, row in zip(ids, rows, strict=True)
+            ]
+        found = []
+        for shard, offset, length, height, width, encoding in zip(
+            *(
+                rows[c].tolist()
+                for c in ("shard", "offset", "length", "height", "width", "encoding")
+            ),
+            strict=True,
+        ):
+            data = self._files.read(shard, offset, length)
+            found.append(_with_pnm_header(data, height, width) if encoding == RAW else data)
+        return found
+
+    def _read_file(self, sample_id: int, length: int) -> NDArray[np.uint8]:
+        path = Path(self.uri) / self._index.name(sample_id)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ShardError(f"{path} cannot be read any more ({error.strerror})") from error
+        if len(data) != length:
+            raise ShardError(
+                f"{path} had {length} bytes when the folder was opened and has {len(data)} now: "
+                "open the folder again"
+            )
+        return np.frombuffer(data, np.uint8)
+
+    def _checked(self, ids: ArrayLike) -> NDArray[np.int64]:
+        ids = np.asarray(ids)
+        if ids.size == 0:
+            return np.zeros(0, np.int64)
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise ShardError(f"ids are integers [n], not {ids.dtype} {list(ids.shape)}")
+        if ids.min() < 0 or ids.max() >= len(self):
+            unknown = ids[(ids < 0) | (ids >= len(self))][0]
+            raise ShardError(
+                f"{self.uri} has no sample {unknown}; ids run from 0 to {len(self) - 1}"
+            )
+        return ids.astype(np.int64)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.uri, self.fingerprint)
+
+
+def _with_pnm_header(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    header = np.frombuffer(b"P6\n%d %d\n255\n" % (width, height), np.uint8)
+    image = np.concatenate((header, pixels))
+    image.flags.writeable = False
+    return image
+
+
+def _reopen(uri: str, fingerprint: str) -> Store:
+    store = open_store(uri)
+    if store.fingerprint != fingerprint:
+        raise ShardError(f"{uri} changed between two openings by one program: start it again")
+    return store
+
+
+def open_store(uri: str | Path, split: str | None = None) -> Store:
+    """Open a data set.
+
+    uri: a directory that make_shards wrote, or its root with splits; a .beton file; WebDataset tars
+    (path, glob, brace pattern such as `x-{000000..000012}.tar`); a folder of images, one directory
+    per class or flat, or a root of such folders called train, val, test.
+    split: which one of a root that has splits; without effect where there are none.
+    Raises `ShardError`: nothing there, not recognised, a split missing or not chosen, a shard
+    missing or of another size than the manifest says.
+    """
+    text = os.path.expanduser(os.fspath(uri))
+    if _REMOTE.match(text):
+        raise ShardError(f"{text}: only files on this machine can be opened; {_EXPECTED}")
+    path = Path(os.path.abspath(text))
+    if path.is_dir():
+        return _open_directory(path, split)
+    if path.is_file():
+        return _open_beton(path) if path.suffix == ".beton" else _open_tars(str(path), (path,))
+    if _PATTERN.search(text):
+        return _open_tars(str(path), tuple(_expand(str(path))))
+    raise ShardError(f"{path} does not exist; {_EXPECTED}")
+
+
+def dataset_splits(root: str | Path) -> tuple[str, ...]:
+    """Which of train, val, test `root` has; () if it is no root with splits."""
+    path = Path(root).expanduser()
+    if not path.is_dir() or (path / MANIFEST_FILE).is_file():
+        return ()
+    written = tuple(split for split in SPLITS if (path / split / MANIFEST_FILE).is_file())
+    if written:
+        return written
+    directories = {
+        entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != "."
+    }
+    # Class folders named train and val among others are classes, not splits.
+    return (
+        tuple(split for split in SPLITS if split in directories) if directories <= {*SPLITS} else ()
+    )
+
+
+def find_dataset(root: Path = Path("data")) -> Path:
+    """The only data set that make_shards wrote at or directly below `root`.
+
+    A root with splits counts once. Raises `ShardError` if there is none, or several (listed).
+    """
+    if not root.is_dir():
+        raise ShardError(f"there is no directory {root}: name a data set, or make one there")
+    candidates = [root, *sorted(entry for entry in root.iterdir() if entry.is_dir())]
+    found = [path for path in candidates if _is_written(path)]
+    if root in found:
+        return root
+    match found:
+        case [only]:
+            return only
+        case []:
+            raise ShardError(f"no data set under {root}: make one there with make_shards")
+        case _:
+            listed = ", ".join(str(path) for path in found)
+            raise ShardError(f"{len(found)} data sets under {root}, name one: {listed}")
+
+
+def _is_written(path: Path) -> bool:
+    return (path / MANIFEST_FILE).is_file() or any(
+        (path / split / MANIFEST_FILE).is_file() for split in SPLITS
+    )
+
+
+def _open_directory(path: Path, split: str | None) -> Store:
+    if (path / MANIFEST_FILE).is_file():
+        return _open_written(path)
+    splits = dataset_splits(path)
+    if splits:
+        listed = ", ".join(splits)
+        if split is None:
+            raise ShardError(f"{path} has the splits {listed}: choose one")
+        if split not in splits:
+            raise ShardError(f"{path} has no split {split!r}, it has {listed}")
+        return _open_directory(path / split, None)
+    shards = sorted(entry.name for entry in path.iterdir() if entry.suffix in (".tar", ".beton"))
+    if shards:
+        raise ShardError(
+            f"{path} holds {shards[0]} and no {MANIFEST_FILE}: if make_shards was writing it, run "
+            f"it again to finish; if others made it, name the files (such as {path}/*.tar)"
+        )
+    foreign = open_folder(path)
+    shard_starts = np.array([0, len(foreign.index)], np.int64)
+    return IndexedStore(
+        str(path), foreign.fingerprint, foreign.classes, shard_starts, foreign.index, None
+    )
+
+
+def _open_written(path: Path) -> Store:
+    manifest = read_manifest(path)
+    index = read_index(path)
+    if len(index) != manifest.samples:
+        raise ShardError(
+            f"{path}: the index has {len(index)} samples, the manifest {manifest.samples}: "
+            "the files do not belong together, write the data set again"
+        )
+    files = tuple(path / shard.file for shard in manifest.shards)
+    for file, shard in zip(files, manifest.shards, strict=True):
+        try:
+            size_bytes = file.stat().st_size
+        except OSError as error:
+            raise ShardError(
+                f"{file} is missing or unreadable ({error.strerror}): fetch it, or write the data "
+                "set again"
+            ) from error
+        if size_bytes != shard.bytes:
+            raise ShardError(
+                f"{file} has {size_bytes} bytes, the manifest says {shard.bytes}: fetch it again, "
+                "or write the data set again"
+            )
+    return IndexedStore(
+        str(path),
+        manifest.fingerprint,
+        tuple(entry.name or entry.id for entry in manifest.classes),
+        np.cumsum([0, *(shard.samples for shard in manifest.shards)], dtype=np.int64),
+        index,
+        MappedFiles(files, tuple(shard.bytes for shard in manifest.shards)),
+    )
+
+
+def _open_beton(path: Path) -> Store:
+    rows = read_beton_index(path)
+    size_bytes = path.stat().st_size
+    return IndexedStore(
+        str(path),
+        fingerprint_of([(path.name, size_bytes)], rows, b""),
+        (),
+        np.array([0, len(rows)], np.int64),
+        Index(rows, np.zeros(0, np.uint8)),
+        MappedFiles((path,), (size_bytes,)),
+    )
+
+
+def _open_tars(uri: str, paths: tuple[Path, ...]) -> Store:
+    others = [path for path in paths if path.suffix != ".tar"]
+    if others:
+        raise ShardError(f"{others[0]} is neither .tar nor .beton; {_EXPECTED}")
+    foreign = open_tars(paths)
+    per_shard = np.bincount(foreign.index.rows["shard"], minlength=len(paths))
+    return IndexedStore(
+        uri,
+        foreign.fingerprint,
+        foreign.classes,
+        np.concatenate(([0], np.cumsum(per_shard))).astype(np.int64),
+        foreign.index,
+        MappedFiles(paths, tuple(path.stat().st_size for path in paths)),
+    )
+
+
+def _expand(pattern: str) -> Iterator[Path]:
+    """The files of a pattern: brace alternatives in their order, each a path or a glob."""
+    for alternative in _expand_braces(pattern):
+        if os.path.exists(alternative):
+            yield Path(alternative)
+            continue
+        matches = sorted(glob.glob(alternative))
+        if not matches:
+            raise ShardError(f"{alternative} does not exist; {pattern} names it")
+        yield from map(Path, matches)
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    match = _BRACES.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last, alternatives = match.groups()
+    if alternatives is not None:
+        choices = alternatives.split(",")
+    elif int(first) <= int(last):
+        choices = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    else:
+        raise ShardError(f"{pattern}: the range {match[0]} runs backwards")
+    for choice in choices:
+        yield from _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
