@@ -1,0 +1,183 @@
+"""Engines execute a Plan: encoded bytes and drawn numbers in, uint8 views out.
+
+An engine decides nothing. It gets `Work` (what `plan.draw` fixed, and the samples' bytes) and gives
+`Batch`es with uint8 views, in the same order. `reference` says what every op means; the others are
+faster and are held to it, op by op. What an engine cannot do it says before anything runs
+(`unsupported`), so that `choose` never picks it and `open_engine` refuses it: never a silent
+difference.
+
+Each module of this package is imported only when its engine is asked about. To add one: a module
+with `unsupported(augmentation, device) -> list[str]` and an `open_engine(augmentation, *, device,
+threads) -> Engine`, its name in `ENGINES` and in `_module`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipelines.batch import Batch
+from pipelines.plan import Plan
+from pipelines.recipe import Augmentation
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+EngineName = Literal["dali", "reference", "synthetic"]
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+
+# What "auto" tries, first to last, by the type of the device that trains. "synthetic" is never in
+# it: its pictures are not the data's.
+PREFERENCE: dict[str, tuple[EngineName, ...]] = {
+    "cuda": ("dali", "reference"),
+    "cpu": ("reference",),
+}
+
+
+class Unsupported(ValueError):
+    """An engine was asked for something that it cannot do exactly.
+
+    what: the op, its field or the missing requirement, in words. engine: the engine's name.
+    """
+
+    def __init__(self, what: str, engine: str) -> None:
+        super().__init__(f"the {engine} engine cannot run this: {what}")
+        self.what = what
+        self.engine = engine
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.engine)
+
+
+class SampleError(ValueError):
+    """One sample could not be turned into pixels. The loader adds the sample's name.
+
+    sample_id: its place in the store. reason: what the decoder said.
+    """
+
+    def __init__(self, sample_id: int, reason: str) -> None:
+        super().__init__(f"sample {sample_id} cannot be decoded: {reason}")
+        self.sample_id = sample_id
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.sample_id, self.reason)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One (micro-)batch before it is executed; B = samples in it, 1 or more, may vary.
+
+    plan: ids, sizes and every random number of the B samples.
+    encoded: B read-only uint8 [bytes] arrays, JPEG, PNG or PNM P6, valid until the Batch is out.
+    labels: int64 [B], -1 where there is none.
+    """
+
+    plan: Plan
+    encoded: list[NDArray[np.uint8]]
+    labels: NDArray[np.int64]
+
+    def batch(self, views: tuple[torch.Tensor, ...]) -> Batch:
+        """The finished Batch: `views` (uint8 [B, 3, H, W] channels_last) with the plan's rest."""
+        return Batch(
+            views=views,
+            labels=torch.tensor(self.labels, dtype=torch.int64),
+            ids=torch.tensor(self.plan.ids, dtype=torch.int64),
+            masks=tuple(
+                None if view.mask is None else torch.tensor(view.mask, dtype=torch.bool)
+                for view in self.plan.views
+            ),
+            epoch=self.plan.epoch,
+            position=self.plan.position,
+        )
+
+
+class Engine(Protocol):
+    """Executes work for one augmentation. Made by `open_engine`, used by one thread, run once.
+
+    name: as in ENGINES. approximations: known differences from `reference` that were asked for,
+    by name; they enter the fingerprint.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def approximations(self) -> tuple[str, ...]: ...
+
+    def run(self, work: Iterator[Work]) -> Iterator[Batch]:
+        """One Batch per Work, in order, with a bounded number of Works taken ahead.
+
+        `work` may be endless. Closing the returned generator abandons what is in flight. No tensor
+        that was yielded aliases memory that the engine uses again.
+        Raises SampleError where a sample cannot be decoded; what `work` raises comes through.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free threads and memory. May be called twice, and in the middle of a run."""
+        ...
+
+
+def _module(name: EngineName) -> "ModuleType":
+    return import_module(f"pipelines.engines.{name}")
+
+
+def _dali_is_installed() -> bool:
+    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+
+
+def unsupported(
+    name: EngineName, augmentation: Augmentation, device: torch.device | str = "cpu"
+) -> list[str]:
+    """Why engine `name` cannot run the recipe for `device`: sentences, none if it can."""
+    if name == "dali" and not _dali_is_installed():
+        return ["nvidia-dali is not installed (pip install 'headrace[dali]')"]
+    return _module(name).unsupported(augmentation, torch.device(device))
+
+
+def rejections(
+    augmentation: Augmentation, device: torch.device | str = "cpu"
+) -> dict[EngineName, list[str]]:
+    """For each engine why it cannot run the recipe; an empty list where it can. For printing."""
+    return {name: unsupported(name, augmentation, device) for name in ENGINES}
+
+
+def choose(name: str, augmentation: Augmentation, device: torch.device | str = "cpu") -> EngineName:
+    """The engine to open: `name` itself, or for "auto" the preferred one that can run the recipe.
+
+    Raises Unsupported with every reason if the named engine, or none of the preferred ones, can.
+    """
+    kind = torch.device(device).type
+    if name == "auto":
+        reasons: list[str] = []
+        for candidate in PREFERENCE.get(kind, PREFERENCE["cpu"]):
+            found = unsupported(candidate, augmentation, device)
+            if not found:
+                return candidate
+            reasons += [f"{candidate}: {reason}" for reason in found]
+        raise Unsupported("; ".join(reasons), "auto")
+    for known in ENGINES:
+        if name == known:
+            found = unsupported(known, augmentation, device)
+            if found:
+                raise Unsupported("; ".join(found), known)
+            return known
+    raise Unsupported(f"no engine has this name; there are auto, {', '.join(ENGINES)}", name)
+
+
+def open_engine(
+    name: str, augmentation: Augmentation, *, device: torch.device | str = "cpu", threads: int = 1
+) -> Engine:
+    """A new engine for the recipe: `name` as in `choose`, `threads` host threads at most.
+
+    Views come out on the CPU, or for `dali` with a CUDA `device` on that device.
+    Raises Unsupported.
+    """
+    chosen = choose(name, augmentation, device)
+    return _module(chosen).open_engine(augmentation, device=torch.device(device), threads=threads)

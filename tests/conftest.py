@@ -1,0 +1,19 @@
+"""What every test stands on: a cache of its own, so that no run leaves traces in the user's."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Indexes of foreign data go to a temporary directory; subprocesses inherit it."""
+    directory = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(directory))
+        # numba's compiled kernels are worth keeping where a checkout cannot be written.
+        if "NUMBA_CACHE_DIR" not in os.environ and not os.access(Path(__file__).parent, os.W_OK):
+            patch.setenv("NUMBA_CACHE_DIR", str(directory / "numba"))
+        yield directory
