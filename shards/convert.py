@@ -102,28 +102,34 @@ def convert(
     this function's own intermediate files.
     """
     samples = split.samples
+    if not samples:
+        raise ShardError("there is no sample to convert")
     asked = _options_of(options, split)
     workers = workers or usable_cores()
+    manifest_path, parts_directory = directory / MANIFEST_FILE, directory / PARTS_DIRECTORY
     with _in_words(directory):
-        if (directory / MANIFEST_FILE).exists():
+        if manifest_path.exists() and not parts_directory.exists():
             return _finished(directory, options.format, asked, strict)
         _refuse_foreign(directory)
-        with _locked(directory) as parts_directory:
-            if (directory / MANIFEST_FILE).exists():
-                return _finished(directory, options.format, asked, strict)
-            per_part = _samples_per_part(len(samples))
-            _make_plan(directory, {**asked, "format": options.format, "samples_per_part": per_part})
-            with ExitStack() as stack:
-                pool = executor or stack.enter_context(open_executor(workers))
-                run = Runner(pool, workers, progress)
-                _encode_all(run, parts_directory, samples, per_part, options)
-                table, notes = read_parts(parts_directory, -(-len(samples) // per_part))
-                _refuse_omissions(notes, strict, len(samples))
-                order = permutation(len(samples), options.seed)
-                order = order[table["kind"][order] != LEFT_OUT]
-                manifest = _finish(run, directory, split, options, asked, table, notes, order)
+        with _locked(directory):
+            if manifest_path.exists():
+                # Killed between the manifest and the clean-up.
+                result = _finished(directory, options.format, asked, strict)
+            else:
+                per_part = _samples_per_part(len(samples))
+                _make_plan(directory, options.format, asked, per_part)
+                with ExitStack() as stack:
+                    pool = executor or stack.enter_context(open_executor(workers))
+                    run = Runner(pool, workers, progress)
+                    _encode_all(run, parts_directory, samples, per_part, options)
+                    table, notes = read_parts(parts_directory, -(-len(samples) // per_part))
+                    _refuse_omissions(notes, strict, len(samples))
+                    order = permutation(len(samples), options.seed)
+                    order = order[table["kind"][order] != LEFT_OUT]
+                    manifest = _finish(run, directory, split, options, asked, table, notes, order)
+                result = Conversion(directory, manifest, was_complete=False)
             shutil.rmtree(parts_directory)
-    return Conversion(directory, manifest, was_complete=False)
+    return result
 
 
 def permutation(samples: int, seed: int) -> NDArray[np.int64]:
@@ -184,17 +190,13 @@ def _finished(
             f"{directory} is finished, but {left_out} sample(s) were left out of it (strict); they "
             f"are listed in {directory / REPORT_FILE}"
         )
-    parts_directory = directory / PARTS_DIRECTORY
-    if parts_directory.is_dir():
-        # Killed between the manifest and the clean-up. Whoever holds the lock does it himself.
-        with _locked(directory):
-            shutil.rmtree(parts_directory)
     return Conversion(directory, manifest, was_complete=True)
 
 
 def _refuse_foreign(directory: Path) -> None:
     """Refuse a directory that holds anything before a conversion was begun in it."""
-    if not directory.exists() or (directory / PARTS_DIRECTORY / _PLAN_FILE).exists():
+    known = (directory / MANIFEST_FILE, directory / PARTS_DIRECTORY / _PLAN_FILE)
+    if not directory.exists() or any(path.exists() for path in known):
         return
     others = [name for name in sorted(os.listdir(directory)) if name != PARTS_DIRECTORY]
     if others:
@@ -204,7 +206,15 @@ def _refuse_foreign(directory: Path) -> None:
         )
 
 
-def _make_plan(directory: Path, plan: dict[str, Any]) -> None:
+def _make_plan(
+    directory: Path,
+    format: Format,  # noqa: A002
+    asked: dict[str, Any],
+    per_part: int,
+) -> None:
+    """Note what is being done, or refuse to mix it with what was begun before."""
+    # Another version of a library would encode the rest differently.
+    plan = {**asked, "format": format, "samples_per_part": per_part, "tool": tool_version()}
     parts_directory = directory / PARTS_DIRECTORY
     path = parts_directory / _PLAN_FILE
     if path.exists():
@@ -308,8 +318,8 @@ def _finish(
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[Path]:
-    """DIR/.parts, for this process alone."""
+def _locked(directory: Path) -> Iterator[None]:
+    """DIR/.parts is there, and for this process alone."""
     parts_directory = directory / PARTS_DIRECTORY
     parts_directory.mkdir(parents=True, exist_ok=True)
     with (parts_directory / _LOCK_FILE).open("wb") as file:
@@ -317,7 +327,7 @@ def _locked(directory: Path) -> Iterator[Path]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ShardError(f"another process is writing {directory}; wait for it") from error
-        yield parts_directory
+        yield
 
 
 @contextmanager

@@ -1,0 +1,71 @@
+"""Check shards. See `python tools/verify_shards.py --help`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from shards.index import ShardError
+from shards.verify import verify, written_directories
+
+DESCRIPTION = """\
+Check data sets that make_shards wrote: counts, the sha256 of every shard, the content hash of every
+sample, and that every image decodes to its declared size. Exit code 0 if all is well, else 1.
+"""
+EXAMPLES = """\
+examples:
+  python tools/verify_shards.py data/imagenet              all splits in it
+  python tools/verify_shards.py data/imagenet/val --no-decode
+"""
+PROBLEMS_SHOWN = 50
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Verify what the command line names; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "verify_shards.py",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="a data set, or several below")
+    parser.add_argument(
+        "--no-decode", action="store_true", help="check files, counts and sha256 only: reads once"
+    )
+    parser.add_argument("--workers", metavar="N", type=int, help="default: one per core")
+    options = parser.parse_args(arguments)
+    if options.workers is not None and options.workers < 1:
+        parser.error("--workers must be at least 1")
+    sound = True
+    try:
+        for directory in written_directories(options.directory):
+            result = verify(
+                directory,
+                decode=not options.no_decode,
+                workers=options.workers,
+                progress=True,
+            )
+            for problem in result.problems[:PROBLEMS_SHOWN]:
+                print(problem)
+            hidden = len(result.problems) - PROBLEMS_SHOWN
+            if hidden > 0:
+                print(f"... and {hidden} more")
+            if result.problems:
+                sound = False
+                print(f"{directory}: {len(result.problems)} problem(s)")
+                continue
+            manifest = result.manifest
+            how = "all decoded" if result.decoded else "not decoded"
+            print(
+                f"{directory}: OK, {manifest.samples:,} samples in {len(manifest.shards)} shard(s),"
+                f" {len(manifest.classes)} classes, {how}"
+            )
+    except ShardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0 if sound else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
