@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from pipelines import engines
 from pipelines.batch import Batch
+from pipelines.draw import PLAN_VERSION
 from pipelines.order import Order, OrderError, Part, Shuffle
-from pipelines.plan import PLAN_VERSION
 from pipelines.recipe import Augmentation
 from pipelines.stream import LoaderError, Place, Stream, Worker, receive
 from shards.store import Store

@@ -16,11 +16,9 @@ samples need no more memory than ten.
 Memory: O(1) for "full" and "none", O(number of shards) for "window". A subset is kept as it is
 (8 bytes per id), and so are the ids of a part of a hold-out under "window" and "none".
 
-The random keys come from Philox in scope ORDER of the layout in `counters`. Rounds: four with ideal
-round functions are a strong pseudorandom permutation (Luby and Rackoff 1988), but only as long as
-few of its values are seen, and an epoch shows all. NIST's FF1 takes ten for domains as small as
-ours, and so do we. The network is never narrower than eight bits: below, ten rounds still favour
-some permutations.
+Keys come from Philox in scope ORDER (`counters`). Four rounds are a strong pseudorandom permutation
+(Luby and Rackoff 1988) while few values are seen; an epoch shows all, so there are ten, as in NIST's
+FF1, and never fewer than eight bits: below, some permutations are favoured.
 """
 
 import hashlib

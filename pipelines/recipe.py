@@ -2,10 +2,10 @@
 
 A recipe is an `Augmentation`: views made of ops, an optional mask per view, and the numbers of the
 final normalisation. Nothing here runs, draws or imports more than the standard library, so that a
-recipe can be printed, compared, hashed into a fingerprint and lowered by any engine. `plan.draw`
+recipe can be printed, compared, hashed into a fingerprint and lowered by any engine. `draw.draw`
 turns it into random numbers, `engines/` into pixels.
 
-Each op lists under "Draws" the columns that `plan.draw` gives for it, one row per sample
+Each op lists under "Draws" the columns that `draw.draw` gives for it, one row per sample
 (B = samples in the batch). An op without "Draws" is a function of the picture's size alone.
 """
 

@@ -18,9 +18,9 @@ import torch
 
 from pipelines import engines
 from pipelines.batch import Batch
+from pipelines.draw import draw
 from pipelines.engines.device_stage import device_stage
 from pipelines.order import Order, rank_slice
-from pipelines.plan import draw
 from pipelines.recipe import Augmentation
 from shards.store import Store
 

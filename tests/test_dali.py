@@ -21,6 +21,7 @@ from nvidia.dali import backend
 
 from pipelines import engines, recipes
 from pipelines.batch import Batch
+from pipelines.draw import draw
 from pipelines.engines import SampleError, Unsupported, Work, dali, reference
 from pipelines.engines.dali_graph import (
     Placement,
@@ -28,7 +29,6 @@ from pipelines.engines.dali_graph import (
     draws_random_numbers,
     graph_nodes,
 )
-from pipelines.plan import draw
 from pipelines.recipe import (
     Augmentation,
     CenterCrop,

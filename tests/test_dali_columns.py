@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipelines import recipes
+from pipelines.draw import draw
 from pipelines.engines.dali_columns import (
     FINE_STEPS,
     LUMA,
@@ -15,7 +16,6 @@ from pipelines.engines.dali_columns import (
     op_columns,
     plan_columns,
 )
-from pipelines.plan import draw
 from pipelines.recipe import CenterCrop, ColorJitter, GaussianBlur, Grayscale, Resize, Solarize
 
 NO_SIZES = np.empty((0, 2), np.int32)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torchvision import transforms
 
+from pipelines import draw as draw_module
 from pipelines import order as order_module
 from pipelines import philox, recipes
 from pipelines import plan as plan_module
@@ -23,12 +24,14 @@ from pipelines.counters import (
     ID_LIMIT,
     OCCURRENCE_LIMIT,
     Kind,
+    PlanError,
     Scope,
     counters,
 )
+from pipelines.draw import draw
 from pipelines.order import Order
 from pipelines.philox import words
-from pipelines.plan import Plan, PlanError, draw
+from pipelines.plan import Plan
 from pipelines.recipe import (
     Augmentation,
     CenterCrop,
@@ -168,7 +171,7 @@ def test_no_two_draws_of_a_run_share_a_counter(monkeypatch: pytest.MonkeyPatch) 
         recorded.extend(row.tobytes() for row in array)
         return words(seed, array)
 
-    monkeypatch.setattr(plan_module, "words", recording)
+    monkeypatch.setattr(draw_module, "words", recording)
     ids = np.array([0, 1, 2**32, 2**32 + 1, 2**40 - 1])
     for epoch in range(3):
         for occurrence in range(2):
@@ -461,7 +464,7 @@ def test_mask_is_uniform_over_patches_and_pairs() -> None:
 
 
 def test_mask_ties_are_broken_by_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "words", lambda seed, rows: np.full(rows.shape, 7, np.uint32))
+    monkeypatch.setattr(draw_module, "words", lambda seed, rows: np.full(rows.shape, 7, np.uint32))
     removed = mask_of(3, RandomMask(8, 0.75), 32)
     assert np.array_equal(removed, np.tile(np.arange(16) >= 4, (3, 1)))
 
@@ -490,7 +493,7 @@ def golden_plan() -> Plan:
 
 def test_plan_is_the_golden_one() -> None:
     """A change here is a change of every run: it moves PLAN_VERSION."""
-    assert plan_module.PLAN_VERSION == 1
+    assert draw_module.PLAN_VERSION == 1
     stored, now = Plan.load(GOLDEN).arrays(), golden_plan().arrays()
     assert stored.keys() == now.keys()
     for name, array in stored.items():
@@ -621,7 +624,7 @@ def test_kernels_compile_once_whatever_the_memory() -> None:
     assert plans[0].equal(plans[1])
     assert plans[0].equal(plans[2])
     drawn(one(RandomResizedCrop(8, (1, 1), (1, 1))), 2)
-    assert len(plan_module._crop_boxes.signatures) == 1
+    assert len(draw_module._crop_boxes.signatures) == 1
     assert len(philox._philox.signatures) == 1
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from pipelines import engines, recipes
+from pipelines.draw import draw
 from pipelines.engines import Engine, SampleError, Work
 from pipelines.engines.reference import (
     BATCHES_IN_FLIGHT,
@@ -23,7 +24,6 @@ from pipelines.engines.reference import (
     decode,
     gaussian_blur,
 )
-from pipelines.plan import draw
 from pipelines.recipe import (
     Augmentation,
     CenterCrop,

@@ -1,6 +1,6 @@
 """Engines execute a Plan: encoded bytes and drawn numbers in, uint8 views out.
 
-An engine decides nothing. It gets `Work` (what `plan.draw` fixed, and the samples' bytes) and gives
+An engine decides nothing. It gets `Work` (what `draw.draw` fixed, and the samples' bytes) and gives
 `Batch`es with uint8 views, in the same order. `reference` says what every op means; the others are
 faster and are held to it, op by op. What an engine cannot do it says before anything runs
 (`unsupported`), so that `choose` never picks it and `open_engine` refuses it: never a silent

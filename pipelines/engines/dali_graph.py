@@ -19,6 +19,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
+from pipelines.draw import draw
 from pipelines.engines.dali_columns import (
     LUMA,
     Columns,
@@ -28,7 +29,6 @@ from pipelines.engines.dali_columns import (
     plan_columns,
     stack_prefix,
 )
-from pipelines.plan import draw
 from pipelines.recipe import (
     Augmentation,
     CenterCrop,
