@@ -16,9 +16,8 @@ samples need no more memory than ten.
 Memory: O(1) for "full" and "none", O(number of shards) for "window". A subset is kept as it is
 (8 bytes per id), and so are the ids of a part of a hold-out under "window" and "none".
 
-Keys come from Philox in scope ORDER (`counters`). Four rounds are a strong pseudorandom permutation
-(Luby and Rackoff 1988) while few values are seen; an epoch shows all, so there are ten, as in NIST's
-FF1, and never fewer than eight bits: below, some permutations are favoured.
+Keys come from Philox in scope ORDER. Four rounds are a strong pseudorandom permutation (Luby and
+Rackoff 1988) while few values are seen; an epoch shows all, so there are ten, as in NIST's FF1.
 """
 
 import hashlib
@@ -50,7 +49,7 @@ Part = Literal["train", "holdout"]
 
 _ROUNDS = 10
 _ROUNDS_PER_BLOCK = 2  # a round takes a 64-bit key, a block of Philox gives two
-_LEAST_BITS = 8
+_LEAST_BITS = 8  # narrower networks favour some permutations
 
 
 class OrderError(ValueError):
@@ -182,8 +181,7 @@ class Order:
         )
         _require(
             self.steps_per_epoch > 0,
-            f"batch_size {self.batch_size} is larger than an epoch of {self._positions} positions; "
-            f"take a smaller batch or more samples",
+            f"batch_size {self.batch_size} is larger than an epoch of {self._positions} positions",
         )
 
     @property

@@ -1,0 +1,554 @@
+"""Features, the evaluation of a run, and the pictures drawn of it, on a run made by hand."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pipelines.recipes import center, dino, mae, simclr, supervised
+from shards.store import Store, open_store
+from training.backbones import EncoderFactory, export, read_initial
+from training.config import Config, ConfigError, Data, Run, find_method, method_names
+from training.evaluation.features import FeaturePass, extract
+from training.evaluation.record import augmentation_from, read_record, untrained_encoder
+from training.world import World
+
+ROOT = Path(__file__).resolve().parent.parent
+TEST_VIEW = center(32, 32)
+COLOURS = {"blue": (40, 60, 180), "green": (40, 160, 60), "red": (190, 50, 40)}
+
+
+def make_images(folder: Path, per_class: int, seed: int) -> None:
+    """Noise around a colour per class: what any encoder can tell apart."""
+    generator = np.random.default_rng(seed)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(per_class):
+            pixels = generator.normal(colour, 40, size=(32, 32, 3)).clip(0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number:03d}.png")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with 60 training and 21 test images of three classes."""
+    root = tmp_path_factory.mktemp("evaluate") / "colours"
+    make_images(root / "train", 20, seed=0)
+    make_images(root / "test", 7, seed=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(data: Path) -> Path:
+    """A run of dino with a small encoder, as training leaves it, but for what is not read here."""
+    directory = data.parent / "run"
+    directory.mkdir()
+    recipe = find_method("dino").PRESETS["cifar"]
+    config = Config(
+        method="dino",
+        preset="cifar",
+        backbone="test_resnet",
+        backbone_options={},
+        init=None,
+        data=Data(train=data, batch_size=16),
+        optim=recipe.optim,
+        run=Run(out=directory, steps=30, seed=5),
+        objective=recipe.objective,
+        augmentation=recipe.augmentation,
+        test=recipe.test,
+    )
+    described = {
+        "config": config.declaration(),
+        "derived": {"steps": 30},
+        "identity": {"stream": {"engine": {"name": "reference"}}},
+    }
+    (directory / "config.json").write_text(json.dumps(described))
+    torch.manual_seed(0)
+    export(EncoderFactory("test_resnet", {})(), directory / "encoder.safetensors")
+    torch.save({"format": 1, "step": 30}, directory / "checkpoint.pt")
+    lines = [
+        {
+            "step": step,
+            "epoch": step / 3,
+            "loss": 8 - step / 10 if step != 20 else None,
+            "images_per_second": 100.0 + step,
+            "wait_share": 0.25,
+        }
+        for step in range(5, 31, 5)
+    ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+def script(path: str, *arguments: object, directory: Path) -> "subprocess.CompletedProcess[str]":
+    """An entry point as people start it, from a directory that is not the project's."""
+    command = [sys.executable, str(ROOT / path), *map(str, arguments)]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+
+
+# --------------------------------------------------------------------------------------- features
+
+
+class MeanColour(nn.Module):
+    """[B, 3, H, W] -> [B, 3]; counts its images and notes its mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.BatchNorm2d(3).eval()
+        self.modes: set[tuple[bool, bool]] = set()
+        self.shapes: set[torch.Size] = set()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        self.modes.add((self.training, torch.is_grad_enabled()))
+        self.shapes.add(pixels.shape)
+        return pixels.mean(dim=(2, 3))
+
+
+def mean_colours(store: Store) -> Tensor:
+    """float32 [n, 3], normalised, read with Pillow alone."""
+    pictures = [
+        np.asarray(Image.open(Path(store.uri) / n)) for n in store.names(np.arange(len(store)))
+    ]
+    colours = torch.tensor(np.stack(pictures)).double().mean(dim=(1, 2)) / 255
+    return ((colours - torch.tensor(TEST_VIEW.mean)) / torch.tensor(TEST_VIEW.std)).float()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+def test_every_sample_is_seen_once(data: Path, ranks: int, batch_size: int) -> None:
+    """Also by ranks that have nothing in the last batch, or nothing at all (3 x 64 > 21)."""
+    store = open_store(data / "test")
+    encoder = MeanColour()
+    shares = [
+        extract(
+            encoder,
+            store,
+            TEST_VIEW,
+            batch_size=batch_size,
+            engine="reference",
+            world=World(rank=rank, size=ranks),
+            threads=1,
+        )
+        for rank in range(ranks)
+    ]
+    ids = torch.cat([share.ids for share in shares])
+    order = ids.argsort()
+    assert ids[order].tolist() == list(range(len(store)))
+    features = torch.cat([share.features for share in shares])[order]
+    torch.testing.assert_close(features, mean_colours(store), atol=1e-5, rtol=0)
+    labels = torch.cat([share.labels for share in shares])[order]
+    assert labels.tolist() == store.labels(np.arange(len(store))).tolist()
+    assert encoder.modes == {(False, False)}
+    assert encoder.training
+    assert not encoder.frozen.training  # each part has its own mode back
+
+
+def test_features_do_not_depend_on_the_company(data: Path) -> None:
+    """A short last batch is computed in the shape of the others: the same kernels."""
+    store = open_store(data / "test")
+    encoder = MeanColour()
+    extract(encoder, store, TEST_VIEW, batch_size=8, engine="reference", world=World(), threads=1)
+    assert encoder.shapes == {torch.Size([8, 3, 32, 32])}
+
+
+def test_a_share_without_samples_has_the_right_width(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    shutil.copy(data / "test" / "red" / "000.png", tmp_path / "one")
+    shares = [
+        extract(
+            MeanColour(),
+            open_store(tmp_path),
+            TEST_VIEW,
+            batch_size=4,
+            engine="reference",
+            world=World(rank=rank, size=2),
+            threads=1,
+        )
+        for rank in range(2)
+    ]
+    assert sorted(tuple(share.features.shape) for share in shares) == [(0, 3), (1, 3)]
+
+
+def test_a_method_gets_batches_and_its_own_mode_between_them(data: Path) -> None:
+    encoder = MeanColour()
+    way = FeaturePass(
+        open_store(data / "train"),
+        {"test": TEST_VIEW, "dino": dino(32, 16, 2)},
+        batch_size=16,
+        engine="reference",
+        world=World(),
+        threads=1,
+        precision="bf16",
+        holdout=0.5,
+    )
+    seen: list[int] = []
+    for ids, features in way.features(encoder):
+        assert encoder.training
+        assert torch.is_grad_enabled()
+        assert features.dtype == torch.float32
+        seen += ids.tolist()
+    held_out = [int(i) for ids, _ in replace(way, part="holdout").features(encoder) for i in ids]
+    assert len(seen) == len(held_out) == 30
+    assert sorted(seen + held_out) == list(range(60))
+    with pytest.raises(ValueError, match="one view per image; 'dino' has 4"):
+        next(way.features(encoder, "dino"))
+
+
+# ----------------------------------------------------------------------------------------- record
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [dino(), simclr(96), mae(64), supervised(32), center(32, 40)],
+    ids=lambda a: a.name,
+)
+def test_a_declared_augmentation_is_read_back(augmentation: Any) -> None:
+    declared = json.loads(json.dumps(augmentation.declaration()))
+    assert augmentation_from(declared) == replace(augmentation, deviations=())
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_presets_are_read_back(method: str) -> None:
+    for preset in find_method(method).PRESETS.values():
+        for augmentation in (preset.augmentation, preset.test):
+            declared = json.loads(json.dumps(augmentation.declaration()))
+            assert augmentation_from(declared).declaration() == augmentation.declaration()
+
+
+def test_the_record_of_a_run(run: Path, data: Path) -> None:
+    record = read_record(run)
+    assert (record.method, record.backbone, record.seed) == ("dino", "test_resnet", 5)
+    assert (record.train, record.val, record.engine) == (data, None, "reference")
+    assert (record.step, record.total_steps) == (30, 30)
+    assert record.test == TEST_VIEW
+
+
+def test_the_untrained_encoder_is_that_of_the_seed(run: Path, data: Path) -> None:
+    record, store = read_record(run), open_store(data, "train")
+    first, again = (untrained_encoder(record, store).state_dict() for _ in range(2))
+    other = untrained_encoder(replace(record, seed=6), store).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda run: (run / "config.json").unlink(), "is no run: it holds no config.json"),
+        (lambda run: (run / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda run: (run / "config.json").write_text("{}"), "not as this version writes it"),
+        (
+            lambda run: (run / "config.json").write_text(
+                (run / "config.json").read_text().replace('"Flip"', '"Flop"')
+            ),
+            "KeyError: 'Flop'",
+        ),
+        (shutil.rmtree, "there is no run"),
+    ],
+)
+def test_what_is_no_run_ends_in_a_sentence(
+    run: Path, tmp_path: Path, change: Callable[[Path], object], sentence: str
+) -> None:
+    broken = tmp_path / "run"
+    shutil.copytree(run, broken)
+    change(broken)
+    with pytest.raises(ConfigError, match=sentence):
+        read_record(broken)
+
+
+# --------------------------------------------------------------------------------------- evaluate
+
+
+@pytest.mark.slow
+def test_evaluate_from_another_directory(run: Path, data: Path, tmp_path: Path) -> None:
+    result = script(
+        "training/evaluate.py", run, "--protocol", "knn", "--data.train", data, "--data.val", data,
+        "--json", "knn.json", "--batch-size", 16, directory=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for words in (
+        "dino, test_resnet, after 30 steps; reference engine, 1 x cpu",
+        "kNN of 21 images among 60 in 3 classes",
+        "k = 100 is left out: there are only 60 training images",
+        "wrote knn.json",
+    ):
+        assert words in result.stdout
+    written = json.loads((tmp_path / "knn.json").read_text())
+    assert (written["protocol"], written["step"], written["untrained"]) == ("knn", 30, False)
+    assert list(written["results"]) == ["10", "20"]
+    assert written["skipped_k"] == [100, 200]
+    assert written["results"]["20"]["top1"] > 80
+    assert written["results"]["20"]["top5"] == 100
+    assert written["train"]["fingerprint"] == open_store(data, "train").fingerprint
+    assert written["val"]["samples"] == 21
+    assert written["versions"]["torch"] == metadata.version("torch")
+
+    untrained = script(
+        "training/evaluate.py", run, "--untrained", "--json", "untrained.json", "--k", 7, 5,
+        directory=tmp_path,
+    )  # fmt: skip
+    assert untrained.returncode == 0, untrained.stderr
+    assert "test_resnet, untrained;" in untrained.stdout
+    written = json.loads((tmp_path / "untrained.json").read_text())
+    assert (written["step"], list(written["results"])) == (0, ["5", "7"])
+    assert not list(tmp_path.glob(".*partial"))
+
+
+@pytest.mark.slow
+def test_a_real_run_is_read_judged_and_drawn(
+    evaluate: Callable[..., int],
+    show_batch: dict[str, Any],
+    plot_run: dict[str, Any],
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    """What train.py writes, at a learning rate of 0: `--untrained` has the weights it began with.
+
+    Only what batch norm saw of the images differs.
+    """
+    run = tmp_path / "run"
+    done = script(
+        "training/train.py", "--method", "dino", "--backbone", "test_resnet", "--data.train", data,
+        "--data.batch-size", 16, "--run.out", run, "--run.steps", 2, "--run.seed", 9,
+        "--optim.learning-rate", 0, "--optim.final-learning-rate", 0, directory=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = read_record(run)
+    assert (record.step, record.total_steps, record.seed) == (2, 2, 9)
+    untrained = untrained_encoder(record, open_store(data, "train"))
+    trained = read_initial(run)
+    assert untrained.state_dict().keys() == trained.keys()
+    for name, parameter in untrained.named_parameters():
+        assert torch.equal(parameter, trained[name]), name
+    assert evaluate([str(run), "--k", "5", "--json", str(run / "knn.json")]) == 0
+    assert json.loads((run / "knn.json").read_text())["step"] == 2
+    assert show_batch["main"](["--run", str(run), "--out", str(run / "views.png")]) == 0
+    assert plot_run["main"]([str(run)]) == 0
+
+
+@pytest.fixture(scope="module")
+def evaluate() -> Callable[..., int]:
+    return runpy.run_path(str(ROOT / "training/evaluate.py"))["main"]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_evaluate_with_two_processes_gives_the_same(
+    evaluate: Callable[..., int], run: Path, tmp_path: Path
+) -> None:
+    arguments = [str(run), "--batch-size", "8", "--json"]
+    assert evaluate([*arguments, str(tmp_path / "1.json")]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(ROOT / "training/evaluate.py"), *arguments, str(tmp_path / "2.json")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    alone, together = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    assert alone["results"] == together["results"]
+    assert (alone["world_size"], together["world_size"]) == (1, 2)
+
+
+def test_evaluate_says_what_is_missing(
+    evaluate: Callable[..., int], run: Path, data: Path, tmp_path: Path
+) -> None:
+    flat = tmp_path / "flat"
+    shutil.copytree(data / "test" / "red", flat)
+    fewer = tmp_path / "fewer"
+    shutil.copytree(data / "test", fewer, ignore=lambda *_: ["blue"])
+    no_encoder = tmp_path / "no_encoder"
+    shutil.copytree(run, no_encoder, ignore=lambda *_: ["encoder.safetensors"])
+    for arguments, sentence in (
+        ([tmp_path / "none"], "there is no run"),
+        ([no_encoder], "holds no encoder.safetensors: the run writes it with its first"),
+        ([run, "--data.val", flat], "7 of the 7 images of .*flat have no label"),
+        ([run, "--data.train", flat], "--data.val is missing"),
+        ([run, "--data.train", flat, "--data.val", data], "--data.train: 7 of the 7 images"),
+        ([run, "--data.val", fewer], "different classes \\(3 and 2"),
+        ([run, "--k", "61"], "at least 61 training samples; there are 60"),
+        ([run, "--json", tmp_path / "none" / "x.json"], "there is no directory"),
+        ([run, "--run.device", "cuda"], "no CUDA device"),
+    ):
+        if "cuda" in arguments and torch.cuda.is_available():
+            continue
+        with pytest.raises(ValueError, match=sentence):
+            evaluate([str(argument) for argument in arguments])
+
+
+def test_a_training_split_finds_the_test_split_beside_it(
+    evaluate: Callable[..., int], run: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate([str(run), "--data.train", str(data / "train"), "--k", "3"]) == 0
+    assert "kNN of 21 images among 60" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+def colours_of(path: Path) -> tuple[tuple[int, int], int]:
+    """((width, height), number of different colours) of a PNG."""
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+        return picture.size, len(np.unique(pixels, axis=0))
+
+
+@pytest.fixture(scope="module")
+def show_batch() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "tools/show_batch.py"))
+
+
+@pytest.mark.slow
+def test_show_batch_from_another_directory(run: Path, tmp_path: Path) -> None:
+    result = script(
+        "tools/show_batch.py", "--run", run, "--out", "new/sheet.png", "--samples", 3,
+        directory=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "3 samples, 6 views each, reference engine" in result.stdout
+    (width, height), colours = colours_of(tmp_path / "new" / "sheet.png")
+    # Views of 32 pixels are shown with 128; three of these and two of 64 make a row.
+    assert 3 * 128 + 2 * 64 < width < 1.5 * (3 * 128 + 2 * 64)
+    assert 3 * 128 < height < 2 * 3 * 128
+    assert colours > 1000
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_show_batch_of_every_method(
+    show_batch: dict[str, Any], data: Path, tmp_path: Path, method: str
+) -> None:
+    out = tmp_path / "sheet.png"
+    arguments = ["--recipe", method, "--data", str(data), "--out", str(out), "--samples", "2"]
+    assert show_batch["main"](arguments) == 0
+    assert colours_of(out)[1] > 1000
+
+
+def test_contact_sheet_holds_the_pictures_as_they_are(show_batch: dict[str, Any]) -> None:
+    """Every pixel of a view is found again, enlarged; blocks do not overlap."""
+    recipe = dino(32, 16, 4)
+    groups = show_batch["_groups"](recipe)
+    generator = np.random.default_rng(0)
+    views = [
+        Image.fromarray(generator.integers(256, size=(v.size, v.size, 3), dtype=np.uint8))
+        for v in recipe.flat_views
+    ]
+    original = Image.new("RGB", (48, 30), (10, 200, 30))
+    cell = show_batch["Cell"](original, "a name", "7: a/file.png", tuple(views))
+    sheet = np.asarray(show_batch["contact_sheet"]([cell, cell], groups, "title"))
+    scale = groups[0].side // 32
+    assert scale == 4
+    for view in views:
+        enlarged = np.asarray(view).repeat(scale, 0).repeat(scale, 1)
+        side = len(enlarged)
+        corners = np.argwhere(
+            (sheet[: 1 - side, : 1 - side] == enlarged[0, 0]).all(-1)
+            & (sheet[side - 1 :, side - 1 :] == enlarged[-1, -1]).all(-1)
+        )
+        matches = [1 for y, x in corners if (sheet[y : y + side, x : x + side] == enlarged).all()]
+        assert len(matches) == 2  # once in each row
+
+
+def test_masks_are_greyed(show_batch: dict[str, Any]) -> None:
+    recipe = mae(8, patch_pixels=4, ratio=0.5)
+    mask = torch.tensor([True, False, False, True])
+    picture = np.full((8, 8, 3), 255, np.uint8)
+    greyed = show_batch["greyed"](picture, mask, recipe.views[0].mask)
+    assert (greyed[:4, 4:] == 255).all()
+    assert (greyed[4:, :4] == 255).all()
+    assert (greyed[:4, :4] == greyed[0, 0]).all()
+    assert 128 < greyed[0, 0, 0] < 192
+    assert (greyed[4:, 4:] == greyed[0, 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--method", "dinos"], "did you mean dino?"),
+        (["--method", "dino", "--preset", "none"], "--preset none is unknown"),
+        (["--method", "dino", "--engine", "none"], "the none engine cannot run this"),
+        (["--method", "dino", "--samples", "61"], "--samples is 61"),
+        (["--run", "none"], "there is no run"),
+    ],
+)
+def test_show_batch_says_what_is_wrong(
+    show_batch: dict[str, Any],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    out = tmp_path / "sheet.png"
+    assert show_batch["main"]([*arguments, "--data", str(data), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert sentence in said
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_plot_run_from_another_directory(run: Path, tmp_path: Path) -> None:
+    knn = tmp_path / "mine.json"
+    knn.write_text(json.dumps({"step": 0, "results": {"10": {"top1": 31.0, "top5": 90.0}}}))
+    result = script(
+        "tools/plot_run.py", run, "--out", "new/curves.png", "--knn", knn, directory=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert "6 logged steps, 1 kNN results" in result.stdout
+    size, colours = colours_of(tmp_path / "new" / "curves.png")
+    assert size == (1440, 900)
+    assert colours > 100
+
+
+@pytest.fixture(scope="module")
+def plot_run() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "tools/plot_run.py"))
+
+
+def test_plot_shows_what_was_measured(plot_run: dict[str, Any], run: Path, tmp_path: Path) -> None:
+    """Values in the panels; not finite values are gaps; files of kNN are found by their name."""
+    metrics = plot_run["read_metrics"](run / "metrics.jsonl")
+    metrics[-1]["holdout_top1"] = 0.5
+    judge = plot_run["Judgement"]
+    judgements = [judge(0, {10: 30.0, 20: 31.0}), judge(30, {10: 40.0, 20: 42.0})]
+    figure = plot_run["draw"](read_record(run), metrics, judgements)
+    loss, accuracy, speed, waiting = figure.axes
+    assert loss.lines[0].get_xdata().tolist() == [5, 10, 15, 20, 25, 30]
+    expected = [7.5, 7.0, 6.5, np.nan, 5.5, 5.0]
+    np.testing.assert_array_equal(loss.lines[0].get_ydata(), expected)
+    assert [line.get_ydata().tolist() for line in accuracy.lines] == [[30, 40], [31, 42], [50]]
+    assert accuracy.lines[1].get_label() == "kNN, k = 20: 31.0 to 42.0"
+    assert speed.lines[0].get_ydata().tolist() == [105, 110, 115, 120, 125, 130]
+    assert set(waiting.lines[0].get_ydata()) == {25}
+    assert "dino · test_resnet" in figure.get_suptitle()
+
+
+def test_plot_of_a_running_run(
+    plot_run: dict[str, Any], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half a last line, no kNN yet; then no metrics at all, and files that are something else."""
+    running = tmp_path / "run"
+    shutil.copytree(run, running, ignore=lambda *_: ["checkpoint.pt"])
+    whole = (running / "metrics.jsonl").read_text()
+    (running / "metrics.jsonl").write_text(whole[:-20])
+    assert plot_run["main"]([str(running)]) == 0
+    assert "5 logged steps, 0 kNN results" in capsys.readouterr().out
+    assert colours_of(running / "curves.png")[1] > 100
+
+    for content, sentence in (("", "no logged step yet"), ("x\n" + whole, "line 1 is no JSON")):
+        (running / "metrics.jsonl").write_text(content)
+        assert plot_run["main"]([str(running)]) == 2
+        assert sentence in capsys.readouterr().err
+    (running / "metrics.jsonl").write_text(whole)
+    (running / "knn.json").write_text("[1]")
+    assert plot_run["main"]([str(running)]) == 2
+    assert "knn.json is no result of evaluate.py" in capsys.readouterr().err

@@ -1,0 +1,302 @@
+"""The command line of a run: every field of the configuration is an option.
+
+The options of a method are its preset's: `--objective.*` has the fields of its own dataclass,
+`--augmentation.<view>.<op>.*` the ops of its views by name, and each default is the preset's value.
+tyro reads them; what it and we refuse becomes one sentence.
+"""
+
+import argparse
+import ast
+import io
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import field, fields, is_dataclass, make_dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from pipelines.recipe import Augmentation, Op, RecipeError, View
+from training.config import (
+    SMALL_PIXELS,
+    Config,
+    ConfigError,
+    Data,
+    Optim,
+    Recipe,
+    Run,
+    check,
+    find_method,
+    find_preset,
+    method_names,
+    nearest,
+)
+
+
+def parse_command_line(
+    arguments: Sequence[str], largest_side_pixels: Callable[[Path | None], int]
+) -> Config:
+    """The configuration of a run. largest_side_pixels: of a training set, for --preset auto.
+
+    Raises ConfigError, one sentence, for whatever is wrong. Prints help and raises SystemExit(0)
+    where help is asked for.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--method")
+    first.add_argument("--preset", default="auto")
+    first.add_argument("--data.train", dest="train", type=Path)
+    first.add_argument("-h", "--help", action="store_true")
+    try:
+        known, _ = first.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from error
+    if known.method is None:
+        if known.help:
+            sys.stdout.write(_general_help() + "\n")
+            raise SystemExit(0)
+        raise ConfigError(
+            f"--method is missing: choose among {', '.join(method_names())}; --help shows examples"
+        )
+    if "." in known.method and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # as `python -m` does, so that a method beside the data is found
+    module = find_method(known.method)
+
+    _check_options(arguments, module.PRESETS.values())
+
+    def largest_side() -> int:
+        return SMALL_PIXELS + 1 if known.help else largest_side_pixels(known.train)
+
+    preset, recipe = find_preset(module, known.preset, largest_side)
+    given = _parse_options(module, preset, recipe, arguments)
+    return _resolve(known.method, preset, recipe, given)
+
+
+def _parse_options(
+    module: ModuleType, preset: str, recipe: Recipe, arguments: Sequence[str]
+) -> Any:
+    """An instance of `_command_line_class`, the recipe's values where nothing is given."""
+    import tyro
+
+    declared = _command_line_class(recipe)
+    _check_options(arguments, [recipe])
+    summary = (module.__doc__ or "").strip()
+    said = io.StringIO()
+    asked_for_help = "-h" in arguments or "--help" in arguments
+    description = f"{summary}\n\npreset {preset}: {recipe.notes}".rstrip(": ")
+    try:
+        with nullcontext() if asked_for_help else redirect_stderr(said):
+            return tyro.cli(
+                declared, args=list(arguments), prog="training/train.py", description=description
+            )
+    except SystemExit as error:
+        if asked_for_help:
+            raise
+        raise ConfigError(_first_sentence(said.getvalue())) from error
+
+
+def _check_options(arguments: Sequence[str], recipes: Iterable[Recipe]) -> None:
+    """Raises ConfigError for an option that no recipe has: before anything is opened."""
+    options = {
+        option for recipe in recipes for option in _option_names(_command_line_class(recipe))
+    }
+    for argument in arguments:
+        given = argument.partition("=")[0]
+        name = given.replace("_", "-")
+        if name.startswith("--") and name not in {*options, "--help"}:
+            raise ConfigError(f"there is no option {given}{nearest(name, sorted(options))}")
+
+
+def _command_line_class(recipe: Recipe) -> type:
+    """One dataclass of all options, with this recipe's values as defaults."""
+    run = Run()
+    data = Data(batch_size=recipe.batch_size, holdout=recipe.holdout)
+    views = [
+        (view.name, declared := _view_class(view), _default(declared()))
+        for view in recipe.augmentation.views
+    ]
+    augmentation = make_dataclass("Augmentation", views, frozen=True, namespace=_doc("Views."))
+    fields: list[Any] = [
+        ("method", str),
+        ("preset", str, "auto"),
+        ("backbone", str, recipe.backbone),
+        ("backbone_options", tuple[str, ...], ()),
+        ("init", Path | None, None),
+        ("data", Data, data),
+        ("optim", Optim, recipe.optim),
+        ("run", Run, run),
+        ("objective", type(recipe.objective), recipe.objective),
+        ("augmentation", augmentation, augmentation()),
+    ]
+    return make_dataclass(
+        "CommandLine",
+        [(name, kind, *(_default(value) for value in rest)) for name, kind, *rest in fields],
+        frozen=True,
+        namespace=_doc(_OPTION_HELP),
+    )
+
+
+def _view_class(view: View) -> type:
+    """A view as options: each op under its own name, so that no index has to be counted."""
+    fields: list[Any] = [("count", int, view.count)]
+    fields += [(name, type(op), _default(op)) for name, op in _named_ops(view)]
+    if view.mask is not None:
+        fields.append(("mask", type(view.mask), _default(view.mask)))
+    return make_dataclass("View", fields, frozen=True, namespace=_doc("One view."))
+
+
+def _named_ops(view: View) -> list[tuple[str, Op]]:
+    """Ops under snake-case names of their classes; a second of a kind gets the suffix _2."""
+    named: dict[str, Op] = {}
+    for op in view.ops:
+        base = re.sub(r"(?<!^)(?=[A-Z])", "_", type(op).__name__).lower()
+        same = sum(name == base or name.startswith(base + "_") for name in named)
+        named[base if same == 0 else f"{base}_{same + 1}"] = op
+    return list(named.items())
+
+
+def _augmented(augmentation: Augmentation, given: Any) -> Augmentation:
+    """The recipe's augmentation with the values of the command line."""
+    views = []
+    for view in augmentation.views:
+        values = getattr(given, view.name)
+        ops = tuple(getattr(values, name) for name, _ in _named_ops(view))
+        mask = values.mask if view.mask is not None else None
+        views.append(replace(view, ops=ops, count=values.count, mask=mask))
+    return replace(augmentation, views=tuple(views))
+
+
+def _resolve(method: str, preset: str, recipe: Recipe, given: Any) -> Config:
+    run: Run = given.run
+    if run.epochs is not None and run.steps is not None:
+        raise ConfigError("--run.epochs and --run.steps are both given: a run has one length")
+    if run.epochs is None and run.steps is None:
+        run = replace(run, epochs=recipe.epochs)
+    # The options belong to the recipe's backbone; another one starts with its own defaults.
+    options = dict(recipe.backbone_options) if given.backbone == recipe.backbone else {}
+    options |= dict(_parse_backbone_option(text) for text in given.backbone_options)
+    try:
+        augmentation = _augmented(recipe.augmentation, given.augmentation)
+    except RecipeError as error:
+        raise ConfigError(f"--augmentation: {error}") from error
+    config = Config(
+        method=method,
+        preset=preset,
+        backbone=given.backbone,
+        backbone_options=options,
+        init=given.init,
+        data=given.data,
+        optim=given.optim,
+        run=run,
+        objective=given.objective,
+        augmentation=augmentation,
+        test=recipe.test,
+    )
+    check(config)
+    return config
+
+
+def _parse_backbone_option(text: str) -> tuple[str, Any]:
+    """("drop_path_rate", 0.1) for "drop_path_rate=0.1"; what is no Python literal is a string."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ConfigError(f"--backbone-options {text}: write name=value, as drop_path_rate=0.1")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _option_names(declared: Any, prefix: str = "--") -> list[str]:
+    """Every option of a (nested) dataclass of options, spelled as in the help."""
+    names = []
+    hints = get_type_hints(declared)
+    for entry in fields(declared):
+        name = prefix + entry.name.replace("_", "-")
+        if is_dataclass(hints[entry.name]):
+            names += _option_names(hints[entry.name], name + ".")
+        else:
+            names.append(name)
+        if hints[entry.name] is bool:
+            names.append(f"{prefix}no-{entry.name.replace('_', '-')}")
+    return names
+
+
+def _first_sentence(message: str) -> str:
+    """What tyro says in a frame, without the frame and the help below it."""
+    said = []
+    for line in message.splitlines():
+        text = line.strip("╭╮╰╯│─ ")
+        if line.startswith("╭"):
+            continue
+        if not text:
+            break  # a rule or an empty line ends the first paragraph
+        said.append(text)
+    text = " ".join(said).rstrip(".")
+    if wrong := re.match(r"Error parsing (\S+): no type matching (\S+) .*from \['(.*)'\]", text):
+        option, kinds, value = wrong.groups()
+        kinds = kinds.replace("{None}", "None").replace("|", " or ")
+        return f"{option} is {value!r}; it must be {kinds}"
+    return text or "the command line cannot be read"
+
+
+def _default(value: Any) -> Any:
+    """Frozen dataclasses are safe to share, but dataclasses refuse those that are not hashable."""
+    return field(default_factory=lambda: value)
+
+
+def _doc(text: str) -> dict[str, Any]:
+    return {"__doc__": text}
+
+
+_OPTION_HELP = """The options of a run.
+
+Args:
+    method: A file of training/methods by its name, or a module by its dotted name.
+    preset: auto takes cifar where no image is larger than 64 pixels, else imagenet.
+    backbone: A timm model.
+    backbone_options: Options of the timm model, as drop_path_rate=0.1.
+    init: A run whose encoder this one starts from.
+"""
+
+
+def _general_help() -> str:
+    methods = "\n".join(_hanging(f"  {name:<12} {_summary(name)}", 15) for name in method_names())
+    groups = "\n".join(
+        _hanging(f"  {f'--{prefix}.*':<16} {', '.join(names)}", 19)
+        for prefix, kind in (("data", Data), ("run", Run), ("optim", Optim))
+        for names in [[name for name in _option_names(kind, "") if not name.startswith("no-")]]
+    )
+    return f"""Pre-train an image encoder.
+
+  training/train.py --method METHOD [options]
+  torchrun --standalone --nproc-per-node N training/train.py --method METHOD [options]
+
+examples
+  training/train.py --method dino                           the only data set under ./data
+  training/train.py --method dino --data.train data/cifar10 --run.out runs/first --run.epochs 20
+  training/train.py --method supervised --preset vit_b16_imagenet --data.holdout 0.1
+  training/train.py --method mae --backbone vit_small_patch16_224 --run.steps 1000
+  training/train.py --method dino --run.out runs/first      again: continues where it stopped
+
+methods
+{methods}
+
+options (METHOD's own ones, all meanings and defaults: --method METHOD --help)
+  --preset         a published set of numbers; the options below replace single ones
+  --backbone       a timm model; --backbone-options name=value ...
+  --init           a run whose encoder this one starts from
+{groups}
+  --objective.*    of the method
+  --augmentation.* of the preset's views"""
+
+
+def _hanging(text: str, columns: int) -> str:
+    return textwrap.fill(text, 96, subsequent_indent=" " * columns, break_on_hyphens=False)
+
+
+def _summary(method: str) -> str:
+    """The first line of a method's docstring, without importing it."""
+    source = (Path(__file__).parent / "methods" / f"{method}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]

@@ -1,0 +1,66 @@
+"""How an entry point ends: with an exit code, and a sentence where the input was at fault."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from pipelines.engines import SampleError, Unsupported
+from pipelines.loader import LoaderError
+from pipelines.order import OrderError
+from pipelines.recipe import RecipeError
+from shards.index import ShardError
+from training.checkpoint import CheckpointError
+from training.config import ConfigError
+from training.world import WorldError, rank_from_environment
+
+EXPECTED_ERRORS = (
+    CheckpointError,
+    ConfigError,
+    LoaderError,
+    OrderError,
+    RecipeError,
+    SampleError,
+    ShardError,
+    Unsupported,
+    WorldError,
+)
+
+_HEAD_START_SECONDS = 3.0
+
+
+def run_and_exit(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Run `main` on the command line. Expected errors become `error: ...` and exit code 2.
+
+    Under torchrun rank 0 speaks first; torchrun then ends the others before they say it again. An
+    error that another rank has alone is said by that rank.
+    """
+    try:
+        code = main(sys.argv[1:])
+    except EXPECTED_ERRORS as error:
+        code, said = 2, str(error)
+    except OSError as error:
+        code, said = 1, str(error)  # a full disk, a vanished mount
+    except RuntimeError as error:
+        if not _lost_a_rank(error):
+            raise
+        code, said = 1, "another rank has ended; its own message says why"
+        time.sleep(_HEAD_START_SECONDS)
+    else:
+        sys.exit(code)
+    rank = rank_from_environment()
+    if rank != 0:
+        time.sleep(_HEAD_START_SECONDS)
+        said = f"{said} (rank {rank})"
+    sys.stdout.flush()
+    print(f"error: {said}", file=sys.stderr, flush=True)  # noqa: T201
+    if "LOCAL_RANK" in os.environ:
+        os._exit(code)  # a process group without its other ranks would wait at its end
+    sys.exit(code)
+
+
+def _lost_a_rank(error: RuntimeError) -> bool:
+    """gloo and NCCL raise where the other side of a collective went away."""
+    text = str(error)
+    return "gloo" in text or "NCCL" in text or "Connection closed by peer" in text

@@ -1,0 +1,145 @@
+"""What may end a run early: a loss that stops being finite, and a signal.
+
+Both are flags on the device. Every step reduces them over the ranks, so that all ranks end at the
+same step, and the step itself asks the device for nothing: the optimiser skips its update where
+`blocked` is 1, whatever else changed in the step is selected back, and the host reads the flags of
+an earlier step, which the device has long finished. Costs a copy of the state that no optimiser
+updates (teacher, running statistics, queues) and one all-reduce of two numbers.
+"""
+
+import signal
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.batch import Batch
+from training.world import World, gather_objects, largest_over_ranks
+
+_HOST_IS_AHEAD_STEPS = 2
+"""On CUDA the host reads flags of this many steps ago: deep enough for the device to be busy."""
+
+
+@dataclass
+class Signals:
+    """Set once SIGTERM (Slurm's pre-emption, torchrun's end) or SIGINT (Ctrl-C) has arrived."""
+
+    received: signal.Signals | None = None
+
+
+@contextmanager
+def catch_signals() -> Iterator[Signals]:
+    """Inside, the two signals are only noted: the run ends between two steps."""
+    signals = Signals()
+
+    def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        signals.received = signal.Signals(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """failed_step: the first step (from 1) whose loss or gradient was not finite; ids: the samples
+    of that step and of those after it that were already under way, by step, over all ranks.
+    stop: a signal has arrived at some rank."""
+
+    failed_step: int | None = None
+    ids: dict[int, list[int]] = field(default_factory=dict)
+    stop: bool = False
+
+
+class Guard:
+    """Call begin, check (before the optimiser), end, read; once per step each, on every rank."""
+
+    def __init__(
+        self, method: nn.Module, optimizer: torch.optim.Optimizer, world: World, signals: Signals
+    ) -> None:
+        self._method, self._world, self._signals = method, world, signals
+        trained = {p for group in optimizer.param_groups for p in group["params"]}
+        self._frozen = [p for p in method.parameters() if p not in trained]
+        self._saved: list[Tensor] = []
+        self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self._ids: deque[tuple[int, list[Tensor]]] = deque(maxlen=_HOST_IS_AHEAD_STEPS + 1)
+        self.blocked = torch.zeros((), device=world.device)
+        """float32: 1 from the first failed step on."""
+        self._flags = torch.zeros(2, device=world.device)
+        optimizer.found_inf = self.blocked  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _state(self) -> list[Tensor]:
+        # Asked for anew each time: a method may put another tensor in a buffer's place.
+        return [*self._frozen, *self._method.buffers()]
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Before anything of the step changes: copy what no optimiser updates."""
+        state = self._state()
+        if [t.shape for t in state] != [t.shape for t in self._saved]:
+            self._saved = [torch.empty_like(tensor) for tensor in state]
+        if state:
+            torch._foreach_copy_(self._saved, state)  # pyright: ignore[reportPrivateImportUsage]
+
+    @torch.no_grad()
+    def check(self, values: Sequence[Tensor]) -> None:
+        """Block this update, on all ranks, if one of the scalars is not finite on one of them."""
+        self._flags[0] = 1.0 - torch.stack([value.isfinite() for value in values]).all().float()
+        self._flags[1] = float(self._signals.received is not None)
+        largest_over_ranks(self._world, self._flags)
+        torch.maximum(self.blocked, self._flags[0], out=self.blocked)
+
+    @torch.no_grad()
+    def end(self, step: int, batches: Sequence[Batch]) -> None:
+        """After everything of step `step` (from 1) changed: undo it where the step is blocked."""
+        blocked = self.blocked > 0
+        for tensor, saved in zip(self._state(), self._saved, strict=True):
+            tensor.copy_(torch.where(blocked, saved, tensor))
+        self._ids.append((step, [batch.ids for batch in batches]))
+        flags = torch.stack([self.blocked, self._flags[1]])
+        if flags.device.type == "cuda":
+            host = torch.empty(2, pin_memory=True)
+            host.copy_(flags, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._pending.append((step, host, event))
+        else:
+            self._pending.append((step, flags, None))
+
+    def read(self, *, drain: bool = False) -> Verdict:
+        """What the flags said; of all steps so far with `drain`, which waits for the device.
+
+        Every rank reads the same steps' flags at the same step, and so comes to the same verdict.
+        """
+        stop = False
+        ahead = _HOST_IS_AHEAD_STEPS if self._world.device.type == "cuda" else 0
+        while len(self._pending) > (0 if drain or stop else ahead):
+            step, flags, event = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            failed, stopped = flags.tolist()
+            if failed:
+                return Verdict(failed_step=step, ids=self._gather_ids(step))
+            stop = stop or bool(stopped)
+        return Verdict(stop=stop)
+
+    @property
+    def signal_name(self) -> str:
+        """Of the signal that arrived here, for people."""
+        return "a signal" if self._signals.received is None else self._signals.received.name
+
+    def _gather_ids(self, first: int) -> dict[int, list[int]]:
+        own = {
+            step: [sample for part in ids for sample in part.tolist()]
+            for step, ids in self._ids
+            if step >= first
+        }
+        ranks = gather_objects(self._world, own)
+        return {step: [sample for rank in ranks for sample in rank[step]] for step in own}

@@ -1,0 +1,138 @@
+"""The contract between the training loop and a method.
+
+A method is one file, `training/methods/<name>.py`, found by its name. It offers
+
+    Objective            frozen dataclass, its hyper-parameters (`--objective.*`)
+    PRESETS              dict name -> config.Recipe: the published recipe and a CIFAR-sized one
+    build(objective, make_encoder, facts) -> Method
+
+and knows no loader, no engine and no optimiser. `train.py` knows no method. A dotted name
+(`--method my_package.my_method`) loads a file from outside the repository.
+
+Every rank returns its share: the mean over ranks of loss and gradient is the global batch's loss
+and gradient. State that lives across steps (queues, banks, centres, teachers) changes only in
+before_epoch, before_step and after_step, once per step and not once per micro-batch.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.batch import Batch
+
+
+class MakeEncoder(Protocol):
+    """Makes the run's backbone anew: a timm model without classifier, [B, 3, H, W] -> features."""
+
+    def __call__(self, **timm_options: object) -> nn.Module: ...
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a method may know of the run it is built for."""
+
+    num_classes: int
+    train_samples: int
+    view_pixels: tuple[int, ...]
+    batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the run stands. `step` counts finished optimiser steps; schedules use `fraction`."""
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+    seed: int
+
+    @property
+    def fraction(self) -> float:
+        """In [0, 1): 0 before the first step."""
+        return self.step / self.total_steps
+
+    @property
+    def epoch(self) -> int:
+        return self.step // self.steps_per_epoch
+
+    @property
+    def total_epochs(self) -> float:
+        return self.total_steps / self.steps_per_epoch
+
+    def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """Randomness of the model's side, keyed by (seed, step, purpose): equal on every rank.
+
+        Draw for the global batch, then take the rank's slice.
+        """
+        key = hashlib.blake2b(f"{self.seed}/{self.step}/{purpose}".encode(), digest_size=8)
+        generator = torch.Generator(device)
+        return generator.manual_seed(int.from_bytes(key.digest(), "little") >> 1)
+
+
+class Context(Protocol):
+    """What `before_epoch` may ask of the run: a pass over the training set by the run's engine."""
+
+    def features(
+        self, module: Callable[[Tensor], Tensor], view: str = "test"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (ids int64 [n], features [n, D]) of this rank's share of the whole set."""
+        ...
+
+
+class Method(nn.Module):
+    """Composition, not inheritance of behaviour: every hook does nothing unless a method says so.
+
+    `encoder` is what is judged and exported: for a method with a teacher, the teacher.
+    """
+
+    encoder: nn.Module
+
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Networks only: batch -> embeddings of this rank's samples (first axis or per view)."""
+        raise NotImplementedError
+
+    def objective(
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
+    ) -> dict[str, Tensor]:
+        """{"loss": scalar, **logged scalars}; looks across ranks where the loss does."""
+        raise NotImplementedError
+
+    def forward(
+        self, batch: Batch, progress: Progress
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(outputs of `objective`, embeddings). One call per micro-batch, what DDP wraps."""
+        embeddings = self.embed(batch, progress)
+        return self.objective(embeddings, batch, progress), embeddings
+
+    def param_groups(self) -> list[dict[str, object]]:
+        """Optimiser groups: "params", "decay" (bool: weight decay applies), and optional scales.
+
+        Default: everything that is trained; biases and one-dimensional parameters without decay.
+        """
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        return [
+            {"params": [p for _, p in trained if p.ndim > 1], "decay": True},
+            {"params": [p for _, p in trained if p.ndim <= 1], "decay": False},
+        ]
+
+    def before_epoch(self, context: Context, progress: Progress) -> None: ...
+
+    def before_step(self, progress: Progress) -> None: ...
+
+    def after_backward(self, progress: Progress) -> None:
+        """Between backward and the optimiser: gradients are complete and averaged over ranks."""
+
+    def after_step(
+        self, embeddings: list[dict[str, Tensor]], batches: list[Batch], progress: Progress
+    ) -> None:
+        """After the optimiser: teacher, centre, queue. One entry per micro-batch, detached."""
+
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
+        """Per-sample results on a held-out batch, e.g. {"top1": bool [B]}; {} where none apply."""
+        return {}

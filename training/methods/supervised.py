@@ -1,0 +1,158 @@
+"""Supervised classification: the labels' cross-entropy on a linear layer.
+
+He et al. 2015 (arXiv 1512.03385) for ResNets, Dosovitskiy et al. 2020 (arXiv 2010.11929) for ViTs;
+code: PyTorch's examples `imagenet/main.py`. The yardstick for everything that learns without
+labels. Samples without a label (-1) take no part in the loss, whichever rank holds them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipelines import recipes
+from pipelines.batch import Batch
+from training.blocks.drop_path import key_drop_paths, set_keys
+from training.blocks.gather import mean_over_ranks
+from training.blocks.heads import feature_dim
+from training.config import ConfigError, Optim, Recipe
+from training.method import Facts, MakeEncoder, Method, Progress
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Hyper-parameters of supervised training."""
+
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes (Szegedy et al. 2015, section 7)."""
+    drop_path: float = 0.0
+    """Largest rate of stochastic depth, reached in the last block."""
+    decay_everything: bool = False
+    """Weight decay on biases and norms too, as ResNets were first trained."""
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, smoothing: float = 0.0, labelled: Tensor | None = None
+) -> Tensor:
+    """Sum of -log softmax(logits)[label] over the samples with a label >= 0, over `labelled`.
+
+    logits: [B, C]; labels: int64 [B]; `labelled` (scalar) is the number of such samples, by default
+    those here. Across ranks it is their mean number per rank, so that the mean over ranks is the
+    global mean. 0 where there is no label at all. With smoothing s the target is
+    (1 - s) * onehot + s / C.
+    """
+    total = F.cross_entropy(
+        logits.float(), labels, ignore_index=-1, reduction="sum", label_smoothing=smoothing
+    )
+    if labelled is None:
+        labelled = (labels >= 0).sum()
+    # Fewer than one on average per rank is possible, none at all has a sum of 0.
+    return total / torch.where(labelled > 0, labelled, 1)
+
+
+class Supervised(Method):
+    """The encoder and one linear layer."""
+
+    def __init__(self, options: Objective, make_encoder: MakeEncoder, num_classes: int) -> None:
+        super().__init__()
+        self.options = options
+        drop_path = {"drop_path_rate": options.drop_path} if options.drop_path else {}
+        self.encoder = key_drop_paths(make_encoder(**drop_path))
+        self.classifier = nn.Linear(feature_dim(self.encoder), num_classes)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """ "logits" [B, C]."""
+        set_keys(self.encoder, batch.ids, [0], progress)
+        return {"logits": self.classifier(self.encoder(batch.views[0]))}
+
+    def objective(
+        self,
+        embeddings: Mapping[str, Tensor],
+        batch: Batch,
+        progress: Progress,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        logits, labels = embeddings["logits"], batch.labels
+        labelled = mean_over_ranks((labels >= 0).sum().float())
+        loss = cross_entropy(
+            logits, labels, smoothing=self.options.label_smoothing, labelled=labelled
+        )
+        hits = (logits.argmax(dim=1) == labels).sum()
+        return {"loss": loss, "train_top1": hits / torch.where(labelled > 0, labelled, 1)}
+
+    def param_groups(self) -> list[dict[str, object]]:
+        if self.options.decay_everything:
+            return [{"params": list(self.parameters()), "decay": True}]
+        return super().param_groups()
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """ "top1", "top5": bool [L], for the L samples of the batch that have a label."""
+        logits = self.classifier(self.encoder(batch.views[0]))
+        known = batch.labels >= 0
+        nearest = logits.topk(min(5, logits.shape[1]), dim=1).indices[known]
+        hits = nearest == batch.labels[known, None]
+        return {"top1": hits[:, 0], "top5": hits.any(dim=1)}
+
+
+def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Supervised:
+    """Raises ConfigError where the data set has no classes or the batch several views."""
+    if facts.num_classes < 1:
+        raise ConfigError("supervised needs labels, and the training set has none")
+    if len(facts.view_pixels) != 1:
+        raise ConfigError(f"supervised takes one view, not the {len(facts.view_pixels)} given")
+    return Supervised(objective, make_encoder, facts.num_classes)
+
+
+PRESETS = {
+    "imagenet": Recipe(
+        backbone="resnet50",
+        backbone_options={"zero_init_last": False},
+        augmentation=recipes.supervised(),
+        test=recipes.center(interpolation="bilinear"),
+        optim=Optim(
+            name="sgd",
+            learning_rate=0.1,
+            warmup_epochs=0,
+            schedule="steps",
+            milestones=(30 / 90, 60 / 90),
+            weight_decay=1e-4,
+        ),
+        batch_size=256,
+        epochs=90,
+        objective=Objective(decay_everything=True),
+        notes="The classic recipe: top-1 76.1 (torchvision's first weights).",
+    ),
+    "vit_b16_imagenet": Recipe(
+        backbone="vit_base_patch16_224",
+        augmentation=recipes.supervised(),
+        test=recipes.center(),
+        optim=Optim(
+            name="adamw",
+            learning_rate=1e-3,
+            scale_with_batch=False,
+            warmup_epochs=0,
+            weight_decay=0.01,
+        ),
+        batch_size=64,
+        epochs=30,
+        objective=Objective(decay_everything=True),
+        holdout=0.1,
+        notes="A plain loop: AdamW over all parameters at a learning rate that does not depend on "
+        "the batch, no warm-up, a tenth of the training set held out for top-1 and top-5.",
+    ),
+    "cifar": Recipe(
+        backbone="resnet10t",
+        augmentation=recipes.supervised(32, scale=(0.25, 1.0)),
+        test=recipes.center(32, 32),
+        optim=Optim(name="sgd", learning_rate=0.1, warmup_epochs=1, weight_decay=5e-4),
+        batch_size=256,
+        epochs=20,
+        objective=Objective(),
+        holdout=0.1,
+        notes="Not from a paper: sized for two CPU cores.",
+    ),
+}

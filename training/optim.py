@@ -1,0 +1,205 @@
+"""Optimisers, and what their schedules say at a given progress.
+
+Parameter groups come from the method (`Method.param_groups`): "params", "decay" (bool) and
+optionally "learning_rate_scale" (float) and "fixed_learning_rate" (bool: the peak, without warm-up
+and schedule, as SimSiam's predictor has it).
+
+Every optimiser here skips its update, state included, while its `found_inf` tensor is 1. torch's
+fused kernels do so for a GradScaler; the training loop uses it to block the step in which the loss
+stops being finite, without asking the device for anything.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+import torch
+from torch import Tensor
+
+from training import schedules
+from training.config import Optim
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the configuration says at a progress in [0, 1], for one batch size and length.
+
+    Step t of T is taken at progress t / T, so that a warm-up from 0 begins with a step of 0.
+    """
+
+    optim: Optim
+    batch_size: int
+    total_epochs: float
+
+    def _scaled(self, learning_rate: float) -> float:
+        return (
+            learning_rate * self.batch_size / 256 if self.optim.scale_with_batch else learning_rate
+        )
+
+    @property
+    def peak(self) -> float:
+        """The learning rate as it is used, linear in the global batch."""
+        return self._scaled(self.optim.learning_rate)
+
+    def learning_rate_at(self, progress: float) -> float:
+        """Warm-up, then the schedule."""
+        optim = self.optim
+        final, start = self._scaled(optim.final_learning_rate), self._scaled(optim.warmup_from)
+        warmup = optim.warmup_epochs / self.total_epochs
+        if progress < warmup:
+            return schedules.linear(progress / warmup, start, self.peak)
+        match optim.schedule:
+            case "cosine":
+                return schedules.warmup_cosine(progress, self.peak, final, warmup, start)
+            case "constant":
+                return self.peak
+            case "steps":
+                return schedules.steps(progress, self.peak, optim.milestones, optim.step_factor)
+            case _:
+                assert_never(optim.schedule)
+
+    def weight_decay_at(self, progress: float) -> float:
+        """Constant, or a cosine over the whole run."""
+        if self.optim.final_weight_decay is None:
+            return self.optim.weight_decay
+        return schedules.cosine(progress, self.optim.weight_decay, self.optim.final_weight_decay)
+
+    def apply(self, optimizer: torch.optim.Optimizer, progress: float) -> dict[str, float]:
+        """Write this step's numbers into the groups; returns those of an ordinary group."""
+        rate, decay = self.learning_rate_at(progress), self.weight_decay_at(progress)
+        for group in optimizer.param_groups:
+            own = self.peak if group["fixed_learning_rate"] else rate
+            group["lr"] = own * group["learning_rate_scale"]
+            group["weight_decay"] = decay if group["decay"] else 0.0
+        return {"learning_rate": rate, "weight_decay": decay}
+
+
+def build_optimizer(
+    groups: Sequence[Mapping[str, Any]], schedule: Schedule
+) -> torch.optim.Optimizer:
+    """The optimiser over a method's groups; `Schedule.apply` gives each its rates before a step."""
+    optim = schedule.optim
+    kept = [
+        {
+            "params": list(group["params"]),
+            "decay": bool(group.get("decay", True)),
+            "learning_rate_scale": float(group.get("learning_rate_scale", 1.0)),
+            "fixed_learning_rate": bool(group.get("fixed_learning_rate", False)),
+        }
+        for group in groups
+    ]
+    kept = [group for group in kept if group["params"]]
+    match optim.name:
+        case "adamw":
+            return torch.optim.AdamW(
+                kept,
+                lr=schedule.peak,
+                betas=optim.betas,
+                eps=optim.epsilon,
+                weight_decay=0.0,
+                fused=True,
+            )
+        case "sgd":
+            optimizer = torch.optim.SGD(
+                kept, lr=schedule.peak, momentum=optim.momentum, nesterov=optim.nesterov, fused=True
+            )
+            if optim.momentum != 0:
+                # A zero buffer is what torch's first step amounts to, and is also right to save
+                # if the first step is blocked.
+                for parameter in _parameters(kept):
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return optimizer
+        case "lars":
+            return LARS(
+                kept,
+                lr=schedule.peak,
+                momentum=optim.momentum,
+                trust_coefficient=optim.trust_coefficient,
+            )
+        case _:
+            assert_never(optim.name)
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm over all gradients there are, float32 scalar on their device."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, limit: float) -> None:
+    """Scale all gradients so that their global `norm` is at most `limit`; does not synchronise."""
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Every parameter of every group."""
+    return _parameters(optimizer.param_groups)
+
+
+def _parameters(groups: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose gradient is rescaled per tensor (You et al. 2017).
+
+        u = gradient + weight_decay * p
+        u = u * trust_coefficient * |p| / |u|       (1 where either norm is 0)
+        m = momentum * m + u
+        p = p - learning_rate * m
+
+    Biases, norms and whatever else has one dimension, and groups with decay=False, take neither
+    the decay nor the rescaling: the semantics of moco-v3's `moco/optimizer.py` and mae's
+    `util/lars.py`. SimCLR's `lars_optimizer.py` keeps the learning rate inside the momentum
+    (m = momentum * m + learning_rate * u; p = p - m), which differs only while the rate changes.
+
+    found_inf: float32 scalar, 1 blocks the step; as on torch's fused optimisers.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "decay": True,
+        }
+        super().__init__(params, defaults)
+        for parameter in _parameters(self.param_groups):
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if closure is not None:
+            raise ValueError("LARS takes no closure")
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, parameter.grad, group)
+
+    def _step_one(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        buffer = self.state[parameter]["momentum_buffer"]
+        update = gradient
+        if group["decay"] and parameter.ndim > 1:
+            update = gradient + group["weight_decay"] * parameter
+            own, other = torch.linalg.vector_norm(parameter), torch.linalg.vector_norm(update)
+            ratio = group["trust_coefficient"] * own / other
+            update = update * torch.where((own > 0) & (other > 0), ratio, 1.0)
+        update = group["momentum"] * buffer + update
+        moved = parameter - group["lr"] * update
+        if self.found_inf is None:
+            buffer.copy_(update)
+            parameter.copy_(moved)
+        else:
+            blocked = self.found_inf > 0
+            torch.where(blocked, buffer, update, out=buffer)
+            torch.where(blocked, parameter, moved, out=parameter)

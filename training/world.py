@@ -1,0 +1,169 @@
+"""The processes of a run: one by itself, or the ones that torchrun started.
+
+Every function here means the same for one process, where it costs nothing. Only rank 0 writes;
+what it finds out (a lock, a checkpoint) reaches the others through `from_main`.
+"""
+
+import ctypes
+import hashlib
+import inspect
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+Value = TypeVar("Value")
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class WorldError(ValueError):
+    """Processes that cannot work together: what is missing, and where to look."""
+
+
+@dataclass(frozen=True)
+class World:
+    """rank and size over all machines, local_* on this one, and this rank's device."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (a torch.device is immutable)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def rank_from_environment() -> int:
+    """The rank that torchrun gave, before anything is joined; 0 for a process by itself."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def join(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[World]:
+    """This process's World: NCCL between GPUs, gloo between CPUs, nothing for one process.
+
+    Raises WorldError where the device is missing.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise WorldError("--run.device is cuda, and this machine has no CUDA device")
+    kind = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    environment = os.environ
+    rank, size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
+    local_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise WorldError(
+                f"this machine has {torch.cuda.device_count()} CUDA devices, too few for local "
+                f"rank {local_rank}: start fewer processes, or take --run.device cpu"
+            )
+        torch.cuda.set_device(local_rank)
+    at = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
+    world = World(rank, size, local_rank, local_size, at)
+    if "LOCAL_RANK" in environment:
+        _end_with_launcher()
+    if size == 1:
+        yield world
+        return
+    # gloo beside NCCL carries the few objects that live on the host.
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, device_id=world.device if kind == "cuda" else None)
+    yield world
+    # Not reached after an error: the group's end would wait for ranks that may be gone.
+    dist.destroy_process_group()
+
+
+def seed_layers(seed: int, step: int, world: World) -> None:
+    """Seed torch's global generator from (seed, step, rank), for layers that insist on it.
+
+    Dropout takes its mask from there. Seeding at every step makes a resume exact; since ranks must
+    differ, such layers, unlike everything else, depend on the world size.
+    """
+    key = hashlib.blake2b(f"{seed}/{step}/{world.rank}".encode(), digest_size=8)
+    torch.manual_seed(int.from_bytes(key.digest(), "little") >> 1)
+
+
+def _end_with_launcher() -> None:
+    """The kernel kills this worker when torchrun ends in whatever way, kill -9 included.
+
+    A worker without launcher would hold its GPU and the run's lock for ever. Checkpoints are
+    atomic, so being killed costs the steps since the last one and nothing else. (A torchrun that
+    ends before this line leaves a worker that cannot join its rendezvous, which ends it too.)
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def distributed(module: nn.Module, world: World) -> nn.Module:
+    """The module with its gradients averaged over the ranks; itself for one process.
+
+    Buffers are left alone in every step: they are equal on all ranks by construction.
+    """
+    if world.size == 1:
+        return module
+    # torch 2.14 renamed the option, and warns of the name that torch 2.9 knows.
+    names = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    options: dict[str, Any] = {option: False}
+    return DistributedDataParallel(module, **options)
+
+
+def from_main(world: World, compute: Callable[[], Value]) -> Value:
+    """What `compute` returns on rank 0, on every rank; an error of rank 0 is raised on every rank.
+
+    The value and the error travel as pickles.
+    """
+    if world.size == 1:
+        return compute()
+    box: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            box[0] = compute()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def gather_objects(world: World, value: Value) -> list[Value]:
+    """Every rank's value, in the order of the ranks, on every rank."""
+    if world.size == 1:
+        return [value]
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def mean_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of a floating-point tensor over all ranks, in place; returns it."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
+        tensor /= world.size
+    return tensor
+
+
+def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, in place; returns it."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
+    """The elementwise maximum over all ranks, in place; returns it."""
+    if world.size > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
