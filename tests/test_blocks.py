@@ -81,7 +81,8 @@ def test_global_batch_norm_is_torchs(norm_and_input: tuple[nn.Module, Tensor]) -
             torch.testing.assert_close(own.grad, theirs.grad, rtol=1e-4, atol=1e-4)
         for key, value in norm.state_dict().items():
             torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-5, atol=1e-6)
-    norm.eval(), ours.eval()
+    norm.eval()
+    ours.eval()
     torch.testing.assert_close(ours(x), norm(x), rtol=1e-5, atol=1e-5)
 
 
@@ -106,9 +107,11 @@ def test_global_batch_norm_under_autocast_keeps_the_dtype() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output = norm(x)
     output.float().square().sum().backward()
-    assert (output.dtype, x.grad is not None and x.grad.dtype) == (torch.bfloat16,) * 2
-    assert norm.weight.grad.dtype == torch.float32
+    weight = norm.get_parameter("weight")
     assert x.grad is not None
+    assert weight.grad is not None
+    assert (output.dtype, x.grad.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert weight.grad.dtype == torch.float32
     assert x.grad.isfinite().all()
 
 
@@ -127,6 +130,22 @@ def test_convert_reaches_every_norm_and_keeps_the_state() -> None:
     after = encoder.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_converted_encoder_trains_as_before() -> None:
+    """In a whole network, where an in-place ReLU follows each norm."""
+    encoder = timm.create_model("test_resnet", num_classes=0, zero_init_last=False)
+    ours = convert(copy.deepcopy(encoder), TWO_RANKS)
+    x = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    outputs = [module(x) for module in (encoder, ours)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-4)
+    for output in outputs:
+        output.square().sum().backward()
+    expected, found = (
+        torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+        for module in (encoder, ours)
+    )
+    assert (found - expected).norm() < 0.01 * expected.norm()
 
 
 def test_global_batch_norm_refuses_a_vector() -> None:

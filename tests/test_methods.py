@@ -10,52 +10,27 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pipelines.batch import Batch
 from pipelines.recipe import Augmentation
 from tests.tiny_methods import (
     CASES,
-    CLASSES,
     ENCODERS,
     NAMES,
+    batch_of,
     build,
-    make_batch,
     masks_tokens,
     module_of,
     progress_at,
+    sgd,
     small_recipe,
+    train_step,
 )
 from training.backbones import EncoderFactory, export, resolve_options
 from training.config import ConfigError, Recipe
-from training.method import Facts, Method, Progress
+from training.method import Facts
 
 each_case = pytest.mark.parametrize(("name", "encoder"), CASES)
-
-
-def batch_of(name: str, samples: int = 16, seed: int = 0) -> Batch:
-    return make_batch(small_recipe(name).augmentation, samples, seed)
-
-
-def train_step(
-    method: Method, optimizer: torch.optim.Optimizer, parts: list[Batch], progress: Progress
-) -> Tensor:
-    """As in train.py; the mean loss over the micro-batches."""
-    method.before_step(progress)
-    optimizer.zero_grad()
-    losses, embeddings = [], []
-    for part in parts:
-        outputs, embedded = method(part, progress)
-        (outputs["loss"] / len(parts)).backward()
-        losses.append(outputs["loss"].detach())
-        embeddings.append({name: value.detach() for name, value in embedded.items()})
-    method.after_backward(progress)
-    optimizer.step()
-    method.after_step(embeddings, parts, progress)
-    return torch.stack(losses).mean()
-
-
-def sgd(method: Method, rate: float = 0.01) -> torch.optim.Optimizer:
-    return torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=rate)
 
 
 @each_case
@@ -154,7 +129,12 @@ def test_one_batch_can_be_learnt_by_heart(name: str, encoder: str) -> None:
 
 @each_case
 def test_bfloat16_autocast_stays_finite_and_near(name: str, encoder: str) -> None:
-    method, batch = build(name, encoder), batch_of(name)
+    method, batch = build(name, encoder), batch_of(name, samples=8)
+    if encoder == "test_resnet":
+        # torch 2.14 on CPUs leaves part of a bfloat16 weight gradient uninitialised where a 3 x 3
+        # convolution meets a 1 x 1 picture, which the last stage sees of 16 pixels.
+        larger = tuple(F.interpolate(view, scale_factor=4) for view in batch.views)
+        batch = replace(batch, views=larger)
     exact = copy.deepcopy(method)(batch, progress_at(0))[0]["loss"].detach()
     with torch.autocast("cpu", torch.bfloat16):
         outputs, embeddings = method(batch, progress_at(0))
@@ -228,7 +208,7 @@ def test_presets_are_whole(name: str) -> None:
     assert {"imagenet", "cifar"} <= presets.keys()
     assert is_dataclass(module.Objective)
     for recipe in presets.values():
-        assert isinstance(recipe.objective, module.Objective)
+        assert type(recipe.objective) is module.Objective
         assert isinstance(recipe.augmentation, Augmentation)
         assert len(recipe.test.flat_views) == 1
         assert (recipe.test.mean, recipe.test.std) == (
@@ -266,159 +246,3 @@ def test_the_vit_preset_is_the_promised_one() -> None:
     assert (optim.schedule, optim.warmup_epochs, optim.scale_with_batch) == ("cosine", 0, False)
     assert recipe.augmentation.flat_views[0].size == 224
     assert recipe.objective.label_smoothing == 0
-
-
-# ---- what single methods promise beyond the contract
-
-
-def test_dino_moves_its_center_once_per_step_from_all_micro_batches() -> None:
-    whole = batch_of("dino")
-    halves = [
-        replace(
-            whole,
-            views=tuple(view[rows] for view in whole.views),
-            labels=whole.labels[rows],
-            ids=whole.ids[rows],
-        )
-        for rows in (slice(0, 8), slice(8, 16))
-    ]
-    one, two = (build("dino", "test_vit", drop_path=0.2) for _ in range(2))
-    optimizers = [sgd(method) for method in (one, two)]
-    for step in range(3):
-        losses = [
-            train_step(one, optimizers[0], [whole], progress_at(step)),
-            train_step(two, optimizers[1], halves, progress_at(step)),
-        ]
-        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
-    assert one.get_buffer("center").any()
-    torch.testing.assert_close(one.get_buffer("center"), two.get_buffer("center"))
-    expected = 0.1 * build("dino", "test_vit").embed(whole, progress_at(0))["teacher"].mean((0, 1))
-    fresh = build("dino", "test_vit")
-    train_step(fresh, sgd(fresh), [whole], progress_at(0))
-    torch.testing.assert_close(fresh.get_buffer("center"), expected)
-
-
-def test_dino_clips_each_parameter_and_holds_the_prototypes() -> None:
-    method = build("dino", "test_vit", freeze_last_layer_epochs=1, clip=0.01)
-    prototypes = method.get_parameter("student_head.prototypes.weight")
-    for step, held in [(0, True), (3, True), (4, False)]:
-        method.zero_grad()
-        method(batch_of("dino"), progress_at(step))[0]["loss"].backward()
-        unclipped = {k: p.grad.clone() for k, p in method.named_parameters() if p.grad is not None}
-        method.after_backward(progress_at(step))
-        assert (prototypes.grad is None) == held
-        for key, parameter in method.named_parameters():
-            if parameter.grad is not None:
-                factor = min(1.0, 0.01 / (float(unclipped[key].norm()) + 1e-6))
-                torch.testing.assert_close(parameter.grad, unclipped[key] * factor)
-    assert any(gradient.norm() > 0.01 for gradient in unclipped.values())
-
-
-def test_dino_teacher_starts_as_the_student_and_ends_still() -> None:
-    method = build("dino", "test_resnet")
-    student = dict(method.named_parameters())
-    for key, value in method.encoder.named_parameters():
-        assert torch.equal(value, student[f"student.{key}"])
-    before = {key: value.clone() for key, value in method.encoder.named_parameters()}
-    # The momentum is 1 at the end of the run.
-    last = Progress(step=10**6 - 1, total_steps=10**6, steps_per_epoch=10, seed=0)
-    train_step(method, sgd(method, 0.1), [batch_of("dino")], last)
-    for key, value in method.encoder.named_parameters():
-        torch.testing.assert_close(value, before[key], rtol=0, atol=1e-8)
-
-
-def test_dino_wants_its_global_views_first() -> None:
-    recipe = small_recipe("dino")
-    for pixels in [(32,), (32, 16, 32), (16, 16, 32)]:
-        with pytest.raises(ConfigError, match="two global views of one size"):
-            module_of("dino").build(
-                recipe.objective,
-                EncoderFactory("test_resnet", {}),
-                Facts(0, 64, pixels, 16, 4, 20),
-            )
-
-
-def test_mae_encoder_sees_the_kept_patches_alone() -> None:
-    method, batch = build("mae", "test_vit"), batch_of("mae", samples=2)
-    mask = batch.masks[0]
-    assert mask is not None
-    prediction = method.embed(batch, progress_at(0))["prediction"]
-    painted = batch.views[0].clone()
-    hidden = mask.view(2, 8, 8).repeat_interleave(4, 1).repeat_interleave(4, 2)
-    painted.masked_fill_(hidden[:, None], 100.0)
-    changed = replace(batch, views=(painted,))
-    torch.testing.assert_close(method.embed(changed, progress_at(0))["prediction"], prediction)
-    painted = batch.views[0].masked_fill(~hidden[:, None], 100.0)
-    changed = replace(batch, views=(painted,))
-    assert not torch.allclose(method.embed(changed, progress_at(0))["prediction"], prediction)
-
-
-def test_mae_puts_tokens_back_where_they_were() -> None:
-    """With nothing masked the encoder's tokens are timm's own, in order."""
-    method = build("mae", "test_vit").eval()
-    x = batch_of("mae", samples=2).views[0]
-    kept = torch.arange(64).expand(2, -1)
-    encode: Any = method.encode
-    features: Any = method.encoder.forward_features
-    torch.testing.assert_close(encode(x, kept), features(x))
-
-
-def test_mae_does_not_take_another_mask_for_its_own() -> None:
-    method, batch = build("mae", "test_vit"), batch_of("mae")
-    assert method(batch, progress_at(0))[0]["loss"].isfinite()
-    mask = batch.masks[0]
-    assert mask is not None
-    fewer = mask.clone()
-    fewer[0, int(mask[0].byte().argmax())] = False
-    assert method(replace(batch, masks=(fewer,)), progress_at(1))[0]["loss"].isnan()
-    for masks, text in [((None,), "no mask"), ((mask[:, :16],), "a mask over 16 patches")]:
-        with pytest.raises(ConfigError, match=text):
-            method(replace(batch, masks=masks), progress_at(1))
-
-
-def test_supervised_ignores_samples_without_label() -> None:
-    method, batch = build("supervised", "test_vit").eval(), batch_of("supervised")
-    labels = batch.labels.clone()
-    labels[10:] = -1
-    partly = method(replace(batch, labels=labels), progress_at(0))[0]["loss"]
-    first = replace(batch, views=(batch.views[0][:10],), labels=labels[:10], ids=batch.ids[:10])
-    torch.testing.assert_close(partly, method(first, progress_at(0))[0]["loss"])
-    nothing = method(replace(batch, labels=labels.fill_(-1)), progress_at(0))[0]["loss"]
-    assert nothing == 0
-
-
-def test_supervised_evaluates_the_labelled_samples() -> None:
-    method, batch = build("supervised", "test_resnet").eval(), batch_of("supervised")
-    with torch.no_grad():
-        order = method.embed(batch, progress_at(0))["logits"].argsort(dim=1, descending=True)
-    labels = torch.stack([order[row, row % CLASSES] for row in range(16)])
-    labels[3] = -1
-    results = method.evaluate(replace(batch, labels=labels))
-    ranks = [row for row in range(16) if row != 3]
-    assert results["top1"].tolist() == [rank == 0 for rank in ranks]
-    assert results["top5"].tolist() == [rank < 5 for rank in ranks]
-
-
-def test_supervised_says_what_it_needs() -> None:
-    module, objective = module_of("supervised"), small_recipe("supervised").objective
-    factory = EncoderFactory("test_resnet", {})
-    with pytest.raises(ConfigError, match="needs labels"):
-        module.build(objective, factory, Facts(0, 64, (32,), 16, 4, 20))
-    with pytest.raises(ConfigError, match="one view"):
-        module.build(objective, factory, Facts(9, 64, (32, 32), 16, 4, 20))
-
-
-def test_supervised_decays_everything_where_asked() -> None:
-    method = build("supervised", "test_resnet", decay_everything=True)
-    assert [group["decay"] for group in method.param_groups()] == [True]
-    method = build("supervised", "test_resnet", decay_everything=False)
-    assert [group["decay"] for group in method.param_groups()] == [True, False]
-
-
-def test_simclr_wants_two_views() -> None:
-    with pytest.raises(ConfigError, match="two views of one size"):
-        module_of("simclr").build(
-            small_recipe("simclr").objective,
-            EncoderFactory("test_resnet", {}),
-            Facts(0, 64, (32, 32, 16), 16, 4, 20),
-        )

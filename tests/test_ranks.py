@@ -229,7 +229,7 @@ def test_two_ranks_are_one(name: str, encoder: str, on_two_ranks: Call) -> None:
             assert relative_error(ours, expected) < TOLERANCE, group
 
 
-def drop_path_of(name: str) -> dict[str, float]:
+def drop_path_of(name: str) -> dict[str, Any]:
     """Stochastic depth where a method has it: its coins too are the global batch's."""
     return {"drop_path": 0.2} if hasattr(small_recipe(name).objective, "drop_path") else {}
 

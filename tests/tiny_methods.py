@@ -20,7 +20,7 @@ from training.method import Facts, Method, Progress
 NAMES = sorted(module.name for module in pkgutil.iter_modules(training.methods.__path__))
 ENCODERS: dict[str, dict[str, object]] = {
     "test_resnet": {"zero_init_last": False},
-    "test_vit": {"patch_size": 4, "global_pool": "avg"},
+    "test_vit": {"patch_size": 4, "global_pool": "avg", "depth": 3},
 }
 CLASSES = 16
 
@@ -113,3 +113,29 @@ def make_batch(augmentation: Augmentation, samples: int = 16, seed: int = 0) -> 
         epoch=0,
         position=0,
     )
+
+
+def batch_of(name: str, samples: int = 16, seed: int = 0) -> Batch:
+    return make_batch(small_recipe(name).augmentation, samples, seed)
+
+
+def train_step(
+    method: Method, optimizer: torch.optim.Optimizer, parts: list[Batch], progress: Progress
+) -> Tensor:
+    """As in train.py; the mean loss over the micro-batches."""
+    method.before_step(progress)
+    optimizer.zero_grad()
+    losses, embeddings = [], []
+    for part in parts:
+        outputs, embedded = method(part, progress)
+        (outputs["loss"] / len(parts)).backward()
+        losses.append(outputs["loss"].detach())
+        embeddings.append({name: value.detach() for name, value in embedded.items()})
+    method.after_backward(progress)
+    optimizer.step()
+    method.after_step(embeddings, parts, progress)
+    return torch.stack(losses).mean()
+
+
+def sgd(method: Method, rate: float = 0.01) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=rate)
