@@ -173,8 +173,10 @@ def _resolve(method: str, preset: str, recipe: Recipe, given: Any) -> Config:
         raise ConfigError("--run.epochs and --run.steps are both given: a run has one length")
     if run.epochs is None and run.steps is None:
         run = replace(run, epochs=recipe.epochs)
-    # The options belong to the recipe's backbone; another one starts with its own defaults.
-    options = dict(recipe.backbone_options) if given.backbone == recipe.backbone else {}
+    options: dict[str, Any] = dict(getattr(find_method(method), "BACKBONE_OPTIONS", {}))
+    # The recipe's options belong to its backbone; another one starts with its own defaults.
+    if given.backbone == recipe.backbone:
+        options |= recipe.backbone_options
     options |= dict(_parse_backbone_option(text) for text in given.backbone_options)
     try:
         augmentation = _augmented(recipe.augmentation, given.augmentation)

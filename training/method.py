@@ -5,6 +5,7 @@ A method is one file, `training/methods/<name>.py`, found by its name. It offers
     Objective            frozen dataclass, its hyper-parameters (`--objective.*`)
     PRESETS              dict name -> config.Recipe: the published recipe and a CIFAR-sized one
     build(objective, make_encoder, facts) -> Method
+    BACKBONE_OPTIONS     optional: timm options that every backbone of this method gets
 
 and knows no loader, no engine and no optimiser. `train.py` knows no method. A dotted name
 (`--method my_package.my_method`) loads a file from outside the repository.

@@ -5,9 +5,9 @@ facebookresearch/mae. Leaving the masked patches out of the encoder makes pre-tr
 features want fine-tuning: kNN and linear probes stay behind those of contrastive methods.
 
 The encoder is a plain timm VisionTransformer: its weights load in `timm.create_model` of the same
-name. Its features are the mean of the patch tokens after the final norm (POOLING: no parameter is
-added or renamed). Deviations: timm's "jax" initialisation, which is Xavier on linear layers as in
-the code, but LeCun on the patch embedding.
+name. Its features are the mean of the patch tokens after the final norm (BACKBONE_OPTIONS: no
+parameter is added or renamed). Deviations: timm's "jax" initialisation, which is Xavier on linear
+layers as in the code, but LeCun on the patch embedding.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from training.blocks.positions import sine_cosine
 from training.config import ConfigError, Optim, Recipe
 from training.method import Facts, MakeEncoder, Method, Progress
 
-POOLING = {"global_pool": "avg", "fc_norm": False}
+BACKBONE_OPTIONS = {"global_pool": "avg", "fc_norm": False}
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Mae(Method):
 def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Mae:
     """Raises ConfigError for a backbone without patch tokens, or views that do not fit it."""
     try:
-        encoder = make_encoder(**POOLING, weight_init="jax")
+        encoder = make_encoder(**BACKBONE_OPTIONS, weight_init="jax")
     except ConfigError as error:
         raise ConfigError(f"mae needs a timm VisionTransformer (vit_*): {error}") from error
     if not isinstance(encoder, VisionTransformer) or encoder.pos_embed is None:
@@ -206,7 +206,6 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Mae:
 PRESETS = {
     "imagenet": Recipe(
         backbone="vit_base_patch16_224",
-        backbone_options=POOLING,
         augmentation=recipes.mae(),
         test=recipes.center(),
         optim=Optim(
@@ -223,7 +222,7 @@ PRESETS = {
     ),
     "cifar": Recipe(
         backbone="vit_tiny_patch16_224",
-        backbone_options={**POOLING, "img_size": 32, "patch_size": 4},
+        backbone_options={"img_size": 32, "patch_size": 4},
         augmentation=recipes.mae(32, patch_pixels=4),
         test=recipes.center(32, 32),
         optim=Optim(
