@@ -180,10 +180,13 @@ def test_nothing_waits_for_the_device(name: str, encoder: str) -> None:
 @each_case
 def test_exported_encoder_is_a_plain_timm_model(name: str, encoder: str, tmp_path: Any) -> None:
     method = build(name, encoder).eval()
-    recipe = small_recipe(name)
     path = tmp_path / "encoder.safetensors"
     export(method.encoder, path)
-    options: dict[str, Any] = {**ENCODERS[encoder], **recipe.backbone_options}
+    options: dict[str, Any] = {
+        **ENCODERS[encoder],
+        **small_recipe(name).backbone_options,
+        **getattr(module_of(name), "BACKBONE_OPTIONS", {}),
+    }
     if encoder == "test_vit":
         options["img_size"] = 32
     plain = timm.create_model(encoder, num_classes=0, checkpoint_path=str(path), **options).eval()

@@ -1,13 +1,14 @@
 """DINO: a student predicts, from any view, what a slowly moving teacher says about a global view.
 
 Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers" (arXiv 2104.14294);
-code: facebookresearch/dino. The teacher is an average of past students, and two opposite forces on
-its outputs (centring, which spreads them, and a small temperature, which sharpens them) keep the
-trivial solution away. Costs: 2 + L student and 2 teacher passes per image; strong for kNN.
+code: facebookresearch/dino. The teacher is an average of past students; centring, which spreads its
+outputs, and a small temperature, which sharpens them, keep the trivial solution away. Costs: 2 + L
+student and 2 teacher passes per image.
 
 As in the code: the centre moves after the loss, the teacher's temperature per epoch, each parameter
-is clipped alone, a teacher with batch norm trains on its own batches (blocks/teacher.py). Deviations: logits are float32 under autocast; drop path is keyed by sample
-(blocks/drop_path.py); frozen prototypes see no weight decay either, having no gradient.
+is clipped alone, a teacher with batch norm trains on its own batches (blocks/teacher.py).
+Deviations: logits are float32 under autocast; drop path is keyed by sample; frozen prototypes,
+having no gradient, see no weight decay either.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +50,7 @@ class Objective:
     """Epochs of its linear warm-up; 0: none."""
     center_momentum: float = 0.9
     teacher_momentum: float = 0.996
-    """At the start; reaches 1 on a cosine. Smaller for small batches and short runs."""
+    """At the start; reaches 1 on a cosine. Smaller for short runs."""
     clip: float = 3.0
     """Largest gradient norm of each single parameter; 0: any."""
     freeze_last_layer_epochs: int = 1
@@ -239,8 +240,8 @@ PRESETS = {
         batch_size=128,
         epochs=20,
         objective=Objective(
-            out_dim=4096,
-            hidden_dim=1024,
+            out_dim=2048,
+            hidden_dim=512,
             teacher_momentum=0.99,
             freeze_last_layer_epochs=0,
             drop_path=0.0,
