@@ -52,9 +52,19 @@ class Stream:
     prefetch: int
     stage: bool
 
+    @property
+    def engine_normalizes(self) -> bool:
+        """On a CPU the engine's last pass may write floats, which saves a pass over all views."""
+        wanted = self.stage and self.device.type == "cpu" and self.dtype == torch.float32
+        return wanted and self.engine_name in engines.NORMALIZING
+
     def open_engine(self) -> engines.Engine:
         return engines.open_engine(
-            self.engine_name, self.augmentation, device=self.device, threads=self.threads
+            self.engine_name,
+            self.augmentation,
+            device=self.device,
+            threads=self.threads,
+            normalized=self.engine_normalizes,
         )
 
     def step_length(self, step: int) -> int:
@@ -110,7 +120,7 @@ class Stream:
         """To the consumer's device, normalised if asked for."""
         if self.device.type == "cuda":
             batch = _pinned(batch)
-        if not self.stage:
+        if not self.stage or self.engine_normalizes:
             return batch.to(self.device)
         recipe = self.augmentation
         return device_stage(batch, recipe.mean, recipe.std, device=self.device, dtype=self.dtype)

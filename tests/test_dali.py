@@ -520,7 +520,7 @@ def test_devices_that_dali_cannot_use_are_said() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(Unsupported, match="no CUDA device"):
             dali.open_engine(augmentation, device=torch.device("cuda"), threads=1)
-        assert engines.choose("auto", augmentation, "cuda") == "reference"
+        assert engines.choose("auto", augmentation, "cuda") == "fused"
 
 
 @pytest.mark.gpu

@@ -287,7 +287,7 @@ def test_another_stream_is_refused_by_name(store: MemoryStore) -> None:
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"seed": 6}, "order.seed was 5 and is 6"),
         ({"batch_size": 4}, "order.batch_size was 8 and is 4"),
-        ({"engine": "synthetic"}, 'engine.name was "reference" and is "synthetic"'),
+        ({"engine": "synthetic"}, 'engine.name was "fused" and is "synthetic"'),
         ({"recipe": replace(RECIPE, views=views)}, "augmentation.views.0.count was 1 and is 2"),
     )
     for options, named in cases:

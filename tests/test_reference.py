@@ -466,9 +466,9 @@ def test_synthetic_batches_have_the_right_shapes_and_fresh_memory(
 
 def test_choice_of_an_engine() -> None:
     recipe = recipes.dino(32, 16, 2)
-    assert engines.choose("auto", recipe, "cpu") == "reference"
+    assert engines.choose("auto", recipe, "cpu") == "fused"
     assert engines.choose("synthetic", recipe) == "synthetic"
-    with pytest.raises(engines.Unsupported, match="there are auto, dali, reference, synthetic"):
+    with pytest.raises(engines.Unsupported, match="there are auto, fused, dali, reference, synth"):
         engines.choose("fastest", recipe)
     assert engines.rejections(recipe)["reference"] == []
 
@@ -477,13 +477,13 @@ def test_auto_takes_the_first_that_can_and_reports_what_the_others_lack(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = recipes.dino(32, 16, 2)
-    lacking = {"dali": ["GaussianBlur: no"], "reference": []}
+    lacking = {"dali": ["GaussianBlur: no"], "fused": ["Grayscale: no"], "reference": []}
     monkeypatch.setattr(engines, "unsupported", lambda name, *_: lacking[name])
     assert engines.choose("auto", recipe, "cuda") == "reference"
     with pytest.raises(engines.Unsupported, match=r"the dali engine cannot .* GaussianBlur: no"):
         engines.choose("dali", recipe, "cuda")
     lacking["reference"] = ["Flip: no"]
-    with pytest.raises(engines.Unsupported, match="dali: GaussianBlur: no; reference: Flip: no"):
+    with pytest.raises(engines.Unsupported, match="fused: Grayscale: no; reference: Flip: no"):
         engines.choose("auto", recipe, "cuda")
     lacking["dali"] = []
     assert engines.choose("auto", recipe, "cuda") == "dali"

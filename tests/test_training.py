@@ -240,7 +240,7 @@ def test_the_configuration_is_recorded(whole: Path, place: Path) -> None:
     assert recorded["derived"]["world_size"] == 1
     assert recorded["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert {"python", "timm", "numpy", "headrace"} <= recorded["versions"].keys()
-    assert recorded["identity"]["stream"]["engine"]["name"] == "reference"
+    assert recorded["identity"]["stream"]["engine"]["name"] == "fused"
     assert "--method" in recorded["command"] or recorded["command"]
     assert list((whole / "tensorboard").iterdir())
 

@@ -38,7 +38,7 @@ step "3/5 what the network will see"
 python tools/show_batch.py --data "$DATA" --method dino --preset cifar --out "$RUN/views.png"
 
 step "4/5 DINO, without labels"
-torchrun --standalone --nproc-per-node 1 training/train.py --method dino --preset cifar --run.epochs 3 \
+torchrun --standalone --nproc-per-node 1 training/train.py --method dino --preset cifar --run.epochs 4 \
     --data.train "$DATA" --run.out "$RUN" --run.seed "$SEED"
 
 step "5/5 kNN on all 10,000 test images"

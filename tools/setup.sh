@@ -87,4 +87,5 @@ install_project
 INSTALL_SECONDS=$((SECONDS - INSTALL_STARTED))
 say "setup: ready in ${INSTALL_SECONDS} s ($("$PYTHON" -c 'import platform
 from importlib.metadata import version
-print(f"python {platform.python_version()},", *(f"{name} {version(name)}" for name in ("torch", "timm", "numpy")))'))"
+packages = [f"{name} {version(name)}" for name in ("torch", "timm", "numpy")]
+print(", ".join([f"python {platform.python_version()}", *packages]))'))"

@@ -1,10 +1,10 @@
 """Engines execute a Plan: encoded bytes and drawn numbers in, uint8 views out.
 
 An engine decides nothing. It gets `Work` (what `draw.draw` fixed, and the samples' bytes) and gives
-`Batch`es with uint8 views, in the same order. `reference` says what every op means; the others are
-faster and are held to it, op by op. What an engine cannot do it says before anything runs
-(`unsupported`), so that `choose` never picks it and `open_engine` refuses it: never a silent
-difference.
+`Batch`es in the same order, with uint8 views or, from those in NORMALIZING, finished ones.
+`reference` says what every op means; the others are faster and are held to it, op by op. What an
+engine cannot do it says before anything runs (`unsupported`), so that `choose` never picks it and
+`open_engine` refuses it: never a silent difference.
 
 Each module of this package is imported only when its engine is asked about. To add one: a module
 with `unsupported(augmentation, device) -> list[str]` and an `open_engine(augmentation, *, device,
@@ -28,15 +28,18 @@ from pipelines.recipe import Augmentation
 if TYPE_CHECKING:
     from types import ModuleType
 
-EngineName = Literal["dali", "reference", "synthetic"]
+EngineName = Literal["fused", "dali", "reference", "synthetic"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 # What "auto" tries, first to last, by the type of the device that trains. "synthetic" is never in
 # it: its pictures are not the data's.
 PREFERENCE: dict[str, tuple[EngineName, ...]] = {
-    "cuda": ("dali", "reference"),
-    "cpu": ("reference",),
+    "cuda": ("dali", "fused", "reference"),
+    "cpu": ("fused", "reference"),
 }
+
+# Engines that can write float32 views on a CPU, bit for bit as `device_stage` would make them.
+NORMALIZING: frozenset[EngineName] = frozenset({"fused"})
 
 
 class Unsupported(ValueError):
@@ -83,7 +86,7 @@ class Work:
     labels: NDArray[np.int64]
 
     def batch(self, views: tuple[torch.Tensor, ...]) -> Batch:
-        """The finished Batch: `views` (uint8 [B, 3, H, W] channels_last) with the plan's rest."""
+        """The finished Batch: `views` ([B, 3, H, W] channels_last) with the plan's rest."""
         return Batch(
             views=views,
             labels=torch.tensor(self.labels, dtype=torch.int64),
@@ -172,12 +175,23 @@ def choose(name: str, augmentation: Augmentation, device: torch.device | str = "
 
 
 def open_engine(
-    name: str, augmentation: Augmentation, *, device: torch.device | str = "cpu", threads: int = 1
+    name: str,
+    augmentation: Augmentation,
+    *,
+    device: torch.device | str = "cpu",
+    threads: int = 1,
+    normalized: bool = False,
 ) -> Engine:
     """A new engine for the recipe: `name` as in `choose`, `threads` host threads at most.
 
-    Views come out on the CPU, or for `dali` with a CUDA `device` on that device.
+    Views come out on the CPU, or for `dali` with a CUDA `device` on that device; uint8, or with
+    `normalized` float32 as `device_stage` makes it, from an engine in NORMALIZING.
     Raises Unsupported.
     """
     chosen = choose(name, augmentation, device)
-    return _module(chosen).open_engine(augmentation, device=torch.device(device), threads=threads)
+    options = {"device": torch.device(device), "threads": threads}
+    if normalized:
+        if chosen not in NORMALIZING:
+            raise Unsupported("normalizing its views", chosen)
+        options["normalized"] = True
+    return _module(chosen).open_engine(augmentation, **options)

@@ -28,8 +28,7 @@ from training.config import ConfigError, Optim, Recipe
 from training.method import Facts, MakeEncoder, Method, Progress
 from training.schedules import cosine, linear
 
-GLOBAL_VIEWS = 2
-"""They come first in a batch; the teacher sees these alone."""
+GLOBAL_VIEWS = 2  # they come first in a batch; the teacher sees these alone
 
 
 @dataclass(frozen=True)
