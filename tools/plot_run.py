@@ -40,7 +40,13 @@ class Judgement:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Draw the curves of a run.")
+    parser = argparse.ArgumentParser(
+        description="Draw the curves of a run: loss, accuracies, images/s, time spent waiting.",
+        epilog="""examples:
+  python tools/plot_run.py runs/dino
+  python tools/plot_run.py runs/dino --knn early.json late.json --out curves.png""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("run", type=Path, help="the run's directory")
     parser.add_argument("--out", type=Path, help="the PNG file; by default RUN/curves.png")
     parser.add_argument(

@@ -101,7 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Draw original images beside all their augmented views."
+        description="Draw original images beside all their augmented views.",
+        epilog="""examples:
+  python tools/show_batch.py --method dino --data data/cifar10 --out views.png
+  python tools/show_batch.py --method mae --preset imagenet --data data/imagenet --out masks.png
+  python tools/show_batch.py --run runs/dino --engine reference --out views.png""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(

@@ -62,6 +62,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="training/evaluate.py",
         description="Judge a run's encoder by the classes of its images' nearest neighbours.",
+        epilog="""examples:
+  python training/evaluate.py runs/dino
+  python training/evaluate.py runs/dino --untrained --k 20 --json untrained.json
+  torchrun --standalone --nproc-per-node 8 training/evaluate.py runs/dino --data.val data/imagenet
+""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
