@@ -36,12 +36,18 @@ from shards.assemble import write_shards
 from shards.atomic import PARTIAL_SUFFIX, atomic_file
 from shards.encode import EncodeOptions
 from shards.index import ShardError, encode_name, write_index
-from shards.manifest import MANIFEST_FILE, Format, Manifest, read_manifest, write_manifest
+from shards.manifest import (
+    MANIFEST_FILE,
+    PARTS_DIRECTORY,
+    Format,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
 from shards.parts import LEFT_OUT, Note, read_parts, table_path, write_part
 from shards.samples import Sample, SourceSplit
 from shards.workers import Runner, open_executor, usable_cores
 
-PARTS_DIRECTORY = ".parts"
 REPORT_FILE = "report.jsonl"
 _PLAN_FILE = "plan.json"
 _LOCK_FILE = "lock"
@@ -299,7 +305,7 @@ def _finish(
             run, bar.update, directory, directory / PARTS_DIRECTORY, split, table[order], order,
             options.format, options.shard_megabytes * 1_000_000,
         )  # fmt: skip
-    write_index(directory, rows, (split.samples[position].name for position in order))
+    hashes = write_index(directory, rows, (split.samples[position].name for position in order))
     with atomic_file(directory / REPORT_FILE) as file:
         file.write("".join(note.to_json() + "\n" for note in notes).encode("ascii"))
     counts = Counter((note.action, note.reason) for note in notes)
@@ -308,6 +314,7 @@ def _finish(
         samples=len(order),
         classes=split.classes,
         shards=tuple(shards),
+        index=hashes,
         options=asked,
         tool=tool_version(),
         repairs={reason: n for (action, reason), n in counts.items() if action == "repaired"},

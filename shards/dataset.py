@@ -58,9 +58,9 @@ def write_dataset(
             shards = [shard]
         case _:
             assert_never(format)
-    write_index(directory, rows, [record.name for record in records])
+    hashes = write_index(directory, rows, [record.name for record in records])
     manifest = Manifest(
-        format, len(records), tuple(classes), tuple(shards), dict(options or {}), tool
+        format, len(records), tuple(classes), tuple(shards), hashes, dict(options or {}), tool
     )
     write_manifest(directory, manifest)
     return manifest

@@ -7,7 +7,7 @@ of varying length and rarely needed, so they live in a second file that the rows
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, file_digest
 from itertools import accumulate
 from pathlib import Path
 
@@ -105,8 +105,8 @@ def with_names(rows: NDArray[np.void], names: Iterable[str]) -> tuple[NDArray[np
     return named, b"".join(encoded)
 
 
-def write_index(directory: Path, rows: NDArray[np.void], names: Iterable[str]) -> None:
-    """Write `index.npy` and `names.bin`, each atomically.
+def write_index(directory: Path, rows: NDArray[np.void], names: Iterable[str]) -> dict[str, str]:
+    """Write `index.npy` and `names.bin`, each atomically; returns file name -> sha256 (hex).
 
     rows: [n] of `INDEX_DTYPE` in id order, n > 0; `name_offset` and `name_length` are filled in
     here. names: one per row. Raises `ShardError` if there is no row or the counts differ.
@@ -118,6 +118,13 @@ def write_index(directory: Path, rows: NDArray[np.void], names: Iterable[str]) -
         file.write(name_bytes)
     with atomic_file(directory / INDEX_FILE) as file:
         np.lib.format.write_array(file, named, version=(1, 0), allow_pickle=False)
+    return {name: hash_file(directory / name) for name in (INDEX_FILE, NAMES_FILE)}
+
+
+def hash_file(path: Path) -> str:
+    """sha256 (hex) of a whole file."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def read_index(directory: Path) -> Index:

@@ -19,6 +19,7 @@ from shards.index import ShardError
 Format = Literal["webdataset", "beton"]
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
+PARTS_DIRECTORY = ".parts"  # beside or instead of a manifest: the conversion is under way
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class ShardFile:
 class Manifest:
     """The contents of manifest.json.
 
+    index: index file -> sha256 (hex): labels and names are part of what the fingerprint covers.
     options: what the conversion was asked for (JSON values only). tool: name and versions of what
     wrote the set. repairs, omissions: reason -> number of samples; names are in report.jsonl.
     """
@@ -51,6 +53,7 @@ class Manifest:
     samples: int
     classes: tuple[ClassName, ...]
     shards: tuple[ShardFile, ...]
+    index: Mapping[str, str]
     options: Mapping[str, Any] = field(default_factory=dict)
     tool: str = ""
     repairs: Mapping[str, int] = field(default_factory=dict)
@@ -102,7 +105,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise ShardError(f"{path}: format is {values['format']!r}; one of {get_args(Format)}")
     _check_type(path, "samples", values["samples"], int)
     _check_type(path, "tool", values["tool"], str)
-    for key in ("options", "repairs", "omissions"):
+    for key in ("index", "options", "repairs", "omissions"):
         _check_type(path, key, values[key], dict)
     for key, kind in (("classes", ClassName), ("shards", ShardFile)):
         _check_type(path, key, values[key], list)

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from shards.encode import check_decodes
-from shards.index import RAW, Index, ShardError, content_hash, read_index
-from shards.manifest import MANIFEST_FILE, Manifest, ShardFile, read_manifest
+from shards.index import RAW, Index, ShardError, content_hash, hash_file, read_index
+from shards.manifest import MANIFEST_FILE, PARTS_DIRECTORY, Manifest, ShardFile, read_manifest
 from shards.workers import Runner, open_executor, usable_cores
 
 _READ_BYTES = 1 << 22
@@ -36,11 +36,14 @@ class Verification:
 def written_directories(root: Path) -> list[Path]:
     """`root` itself, or its sub-directories, as far as they hold a manifest.
 
-    Raises `ShardError` if there is none.
+    Raises `ShardError` if there is none, or one is unfinished.
     """
     if (root / MANIFEST_FILE).is_file():
         return [root]
     found = sorted(path.parent for path in root.glob(f"*/{MANIFEST_FILE}"))
+    for parts in sorted(root.glob(f"*/{PARTS_DIRECTORY}")):
+        if parts.parent not in found:
+            raise ShardError(f"{parts.parent} is unfinished; run make_shards.py again to go on")
     if not found:
         raise ShardError(
             f"{root} holds no finished data set (no {MANIFEST_FILE} there or one level below)"
@@ -101,6 +104,11 @@ def _check_counts(directory: Path, manifest: Manifest, index: Index) -> list[str
                 f"{directory / shard.file}: the index has {in_shards[number]} samples in it, the "
                 f"manifest {shard.samples}"
             )
+    problems += [
+        f"{directory / name} has changed: its sha256 is not the manifest's"
+        for name, known in manifest.index.items()
+        if hash_file(directory / name) != known
+    ]
     labels = index.rows["label"]
     outside = np.flatnonzero((labels < -1) | (labels >= len(manifest.classes)))
     problems += [

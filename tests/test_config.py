@@ -111,15 +111,15 @@ def test_a_declaration_is_complete_json() -> None:
 
 
 def test_identity_changes_with_what_changes_numbers_and_with_nothing_else() -> None:
-    def identity(line: str, world_size: int = 1) -> dict[str, Any]:
+    def fingerprint(line: str, world_size: int = 1) -> dict[str, Any]:
         config = parse(f"--method simclr {line}")
-        return config.identity(
+        return config.fingerprint(
             {"store": "s"}, total_steps=9, precision="fp32", world_size=world_size
         )
 
-    same = identity("")
+    same = fingerprint("")
     for line in ("--run.log-every 3", "--run.save-every 4", "--data.threads 2", "--run.out x"):
-        assert identity(line) == same, line
+        assert fingerprint(line) == same, line
     for line in (
         "--optim.learning-rate 3",
         "--objective.temperature 3",
@@ -127,10 +127,10 @@ def test_identity_changes_with_what_changes_numbers_and_with_nothing_else() -> N
         "--run.accumulate 2",
         "--backbone resnet18",
     ):
-        assert identity(line) != same, line
-    assert identity("", world_size=2) == same
+        assert fingerprint(line) != same, line
+    assert fingerprint("", world_size=2) == same
     local = "--run.batch-norm local"
-    assert identity(local, world_size=2) != identity(local, world_size=1)
+    assert fingerprint(local, world_size=2) != fingerprint(local, world_size=1)
 
 
 def test_a_method_from_outside_is_found_by_its_dotted_name(

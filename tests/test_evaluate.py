@@ -71,7 +71,7 @@ def run(data: Path) -> Path:
     described = {
         "config": config.declaration(),
         "derived": {"steps": 30},
-        "identity": {"stream": {"engine": {"name": "reference"}}},
+        "fingerprint": {"stream": {"engine": {"name": "reference"}}},
     }
     (directory / "config.json").write_text(json.dumps(described))
     torch.manual_seed(0)

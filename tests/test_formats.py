@@ -102,7 +102,7 @@ def test_index_of_1_28_million_samples_opens_at_once(tmp_path: Path) -> None:
     (tmp_path / "names.bin").write_bytes(b"".join(b"%09d" % i for i in range(count)))
     (tmp_path / "a.tar").write_bytes(b"tar")
     write_manifest(
-        tmp_path, Manifest("webdataset", count, (), (ShardFile("a.tar", count, 3, "00"),))
+        tmp_path, Manifest("webdataset", count, (), (ShardFile("a.tar", count, 3, "00"),), {})
     )
     start = time.perf_counter()
     store = open_store(tmp_path)
@@ -164,6 +164,7 @@ def manifest() -> Manifest:
         samples=3,
         classes=(ClassName("n01", "tench"), ClassName("n02")),
         shards=(ShardFile("a.tar", 2, 10, "00"), ShardFile("b.tar", 1, 5, "ff")),
+        index={"index.npy": "0a", "names.bin": "0b"},
         options={"quality": 90, "seed": 0},
         tool="headrace",
         repairs={"CMYK": 1},
@@ -204,7 +205,7 @@ def test_manifest_absent_broken_or_contradictory(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="cannot be read"):
         read_manifest(tmp_path)
     with pytest.raises(ShardError, match="hold 0 samples, the manifest says 4"):
-        write_manifest(tmp_path, Manifest("beton", 4, (), ()))
+        write_manifest(tmp_path, Manifest("beton", 4, (), (), {}))
 
 
 # ---------------------------------------------------------------- headers

@@ -85,6 +85,26 @@ def test_the_commands_one_after_the_other(place: Path) -> None:
     assert (place / "runs/dino-cifar10/curves.png").stat().st_size > 1000
 
 
+def test_shell_scripts_explain_themselves_and_refuse_what_they_do_not_know(tmp_path: Path) -> None:
+    quickstart = str(ROOT / "tools/quickstart.sh")
+    assert "--seed" in run(tmp_path, "bash", quickstart, "--help")
+    wrong = subprocess.run(
+        ["bash", quickstart, "--sed", "1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert wrong.returncode == 2
+    assert "unknown option --sed" in wrong.stderr
+    for script in ("quickstart.sh", "test.sh", "setup.sh"):
+        run(tmp_path, "bash", "-n", str(ROOT / "tools" / script))
+
+
+def test_the_readme_is_finished() -> None:
+    assert not re.findall(r"^[A-Z_]{4,}$", README, flags=re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     "script",
     [

@@ -240,7 +240,7 @@ def test_the_configuration_is_recorded(whole: Path, place: Path) -> None:
     assert recorded["derived"]["world_size"] == 1
     assert recorded["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert {"python", "timm", "numpy", "headrace"} <= recorded["versions"].keys()
-    assert recorded["identity"]["stream"]["engine"]["name"] == "fused"
+    assert recorded["fingerprint"]["stream"]["engine"]["name"] == "fused"
     assert "--method" in recorded["command"] or recorded["command"]
     assert list((whole / "tensorboard").iterdir())
 
@@ -305,10 +305,10 @@ def test_a_resumed_run_is_the_run_never_stopped(
 ) -> None:
     monkeypatch.setenv("HEADRACE_TEST_MARKER", str(tmp_path / "stopped"))
     out = tmp_path / "run"
-    # The option that stops the run is part of its identity, so both parts have it.
+    # The option that stops the run is part of its fingerprint, so both parts have it.
     options = f"{OPTIONS} --data.holdout 0.2 --objective.{how}-step {step}"
     if how == "signal":
-        assert run(out, options) == 0
+        assert run(out, options) == 128 + signal.SIGTERM
         assert f"goes on at step {step}" in capsys.readouterr().out
         assert load(out / "checkpoint.pt")["step"] == step
     else:

@@ -57,6 +57,7 @@ import json, sys
 from pathlib import Path
 
 run, data, beton, seconds, install_seconds = sys.argv[1:]
+config = json.loads(Path(run, "config.json").read_text())["config"]
 top1 = {n: json.loads(Path(run, f"{n}.json").read_text())["results"]["20"]["top1"] for n in ("knn-untrained", "knn")}
 print(f"kNN (k = 20): {top1['knn-untrained']:.1f} % untrained, {top1['knn']:.1f} % after DINO "
       f"({top1['knn'] - top1['knn-untrained']:+.1f} points)")
@@ -65,7 +66,7 @@ for path, what in (
     (data, "WebDataset shards, train and test"),
     (beton, "the same in FFCV's format"),
     (f"{run}/checkpoint.pt", "everything needed to go on training"),
-    (f"{run}/encoder.safetensors", "the encoder: timm.create_model(NAME, num_classes=0, checkpoint_path=...)"),
+    (f"{run}/encoder.safetensors", f"the encoder: timm.create_model({config['backbone']!r}, num_classes=0, checkpoint_path=...)"),
     (f"{run}/metrics.jsonl", "loss, images/s, wait share, a line per logged step"),
     (f"{run}/views.png", "contact sheet of the augmented views"),
     (f"{run}/curves.png", "loss, kNN and images/s"),

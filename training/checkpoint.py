@@ -133,14 +133,14 @@ def begin(
     start: int,
     config: Mapping[str, Any],
     derived: Mapping[str, Any],
-    identity: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
 ) -> None:
     """Write config.json, and drop from metrics.jsonl what is later than step `start`."""
     description = {
         "config": config,
         "derived": derived,
-        "identity": identity,
-        "versions": versions(identity["stream"]["engine"]["name"]),
+        "fingerprint": fingerprint,
+        "versions": versions(fingerprint["stream"]["engine"]["name"]),
         "command": sys.argv,
     }
     write_json(directory / "config.json", description)
@@ -165,7 +165,7 @@ def fail(
     """Report a step whose loss was not finite and keep the state before it; the exit code 1."""
     if world.is_main:
         path = directory / f"failed-step-{step}.pt"
-        kept = {name: state[name] for name in ("method", "optimizer", "engine", "identity")}
+        kept = {name: state[name] for name in ("method", "optimizer", "engine", "fingerprint")}
         save(path, {**kept, "step": step - 1, "ids": dict(ids)})
         shown = ", ".join(map(str, ids[step][:_IDS_SHOWN]))
         more = len(ids[step]) - _IDS_SHOWN

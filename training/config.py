@@ -72,7 +72,7 @@ class Data:
     val: Path | None = None
     """Data set for the evaluation during training (methods that have one)."""
     engine: str = "auto"
-    """auto, dali, reference, synthetic."""
+    """auto, dali, fused, reference, synthetic."""
     batch_size: int = 256
     """Samples per optimiser step, over all ranks and micro-batches."""
     holdout: float = 0.0
@@ -164,7 +164,7 @@ class Config:
         declared["test"] = _plain(self.test.declaration())
         return declared
 
-    def identity(
+    def fingerprint(
         self, stream: Mapping[str, Any], *, total_steps: int, precision: str, world_size: int
     ) -> dict[str, Any]:
         """What determines the numbers of a run: a resume must agree on all of it.

@@ -135,6 +135,11 @@ class Guard:
         """Of the signal that arrived here, for people."""
         return "a signal" if self._signals.received is None else self._signals.received.name
 
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that a signal ended; any rank may have received it."""
+        return 128 + (self._signals.received or signal.SIGTERM)
+
     def _gather_ids(self, first: int) -> dict[int, list[int]]:
         own = {
             step: [sample for part in ids for sample in part.tolist()]

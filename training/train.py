@@ -91,11 +91,11 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
 
     # ------------------------------------------------------------------------ Begin or continue
     config = replace(config, backbone_options=options)
-    identity = config.identity(
+    fingerprint = config.fingerprint(
         loader.fingerprint, total_steps=steps, precision=context.precision, world_size=world.size
     )
     if before:
-        checkpoint.require_same(out, before["identity"], identity)
+        checkpoint.require_same(out, before["fingerprint"], fingerprint)
         method.load_state_dict(before["method"])
         optimizer.load_state_dict(before["optimizer"])
         loader.load_state_dict(before["loader"])
@@ -103,7 +103,8 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
     meters = Meters(world, data.batch_size, before["meters"] if before else None)
     if world.is_main and start < steps:
         derived = {"steps": steps, "learning_rate": schedule.peak, "world_size": world.size}
-        checkpoint.begin(out, start, config.declaration(), derived, identity)
+        derived |= {"engine": loader.engine_name, "precision": context.precision}
+        checkpoint.begin(out, start, config.declaration(), derived, fingerprint)
 
     def state(step: int) -> dict[str, Any]:
         return {
@@ -113,7 +114,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
             "loader": loader.state_dict(),
             "meters": meters.state_dict(),
             "engine": loader.engine_name,
-            "identity": identity,
+            "fingerprint": fingerprint,
         }
 
     # ------------------------------------------------------------------------------------- Loop
@@ -180,9 +181,8 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
                     checkpoint.save_step(out, state(done), method.encoder, world)
             if verdict.stop and done < steps:
                 journal.say(f"{guard.signal_name}: saved; the same command goes on at step {done}")
-                break
-        else:
-            journal.say(f"finished: {out} is at step {steps} of {steps}")
+                return guard.exit_code
+        journal.say(f"finished: {out} is at step {steps} of {steps}")
     return 0
 
 

@@ -76,7 +76,7 @@ def read_record(run: Path) -> Record:
             seed=int(config["run"]["seed"]),
             train=_path(config["data"]["train"]),
             val=_path(config["data"]["val"]),
-            engine=recorded["identity"]["stream"]["engine"]["name"],
+            engine=recorded["fingerprint"]["stream"]["engine"]["name"],
             init=_path(config["init"]),
             batch_size=config["data"]["batch_size"],
             step=_saved_step(run / CHECKPOINT_FILE),
