@@ -96,13 +96,13 @@ class Method(nn.Module):
 
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Networks only: batch -> embeddings of this rank's samples (first axis or per view)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method embed")
 
     def objective(
         self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         """{"loss": scalar, **logged scalars}; looks across ranks where the loss does."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method objective")
 
     def forward(
         self, batch: Batch, progress: Progress
