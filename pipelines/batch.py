@@ -5,10 +5,52 @@ B = samples of this rank's (micro-)batch, V = views. Views have one shape before
 memory), normalised floating point afterwards. No tensor aliases a buffer that an engine uses again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+
+_Move = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Who was mixed with whom: the pixels are done, the target is the method's to build.
+
+    partners: int64 [B], the partner's row in the batch. labels: int64 [B], the partner's label, -1
+    where there is none. weights: float32 [B], lambda, the sample's own share after clipping.
+    boxes: int32 [B, 4] = top, left, height, width that CutMix took from the partner, else 0.
+    """
+
+    partners: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    boxes: torch.Tensor
+
+    def map(self, move: _Move) -> "Mixed":
+        """The same with `move` of every tensor."""
+        held = (self.partners, self.labels, self.weights, self.boxes)
+        return Mixed(*(move(tensor) for tensor in held))
+
+
+@dataclass(frozen=True)
+class Erased:
+    """What was overwritten in a view, by `RandomErasing`'s columns.
+
+    boxes: int32 [B, most boxes, 4]. colors: float32 [B, most boxes, 3], or None. keys: int64 [B],
+    the bits of the 64-bit keys, or None.
+    """
+
+    boxes: torch.Tensor
+    colors: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+
+    def map(self, move: _Move) -> "Erased":
+        """The same with `move` of every tensor."""
+        held = (self.boxes, self.colors, self.keys)
+        boxes, colors, keys = (None if tensor is None else move(tensor) for tensor in held)
+        assert boxes is not None
+        return Erased(boxes, colors, keys)
 
 
 @dataclass(frozen=True)
@@ -18,8 +60,11 @@ class Batch:
     views: V tensors [B, 3, H_v, W_v], in the order of `Augmentation.flat_views`.
     labels: int64 [B], -1 where there is none.
     ids: int64 [B], the sample's place in the data set, the same in every format of it.
-    masks: V entries, bool [B, N] (True = removed) or None where the view has no mask.
+    masks: V entries, bool [B, N] (True = removed; MultiBlockMask: [B, 1 + targets, N]) or None
+    where the view has no mask.
     draws: what the method declared for itself, by name, first axis B.
+    erased: V entries, None where nothing is erased in the view. mixed: None without Mix. Both are
+    done to views that are finished, and to be done to views that are still uint8.
     epoch, position: the epoch, and the place in it of the first sample of the *global* batch.
     """
 
@@ -30,16 +75,14 @@ class Batch:
     epoch: int
     position: int
     draws: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    erased: tuple[Erased | None, ...] = ()
+    mixed: Mixed | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; copies from pinned memory do not block."""
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
-
+    def map(self, move: _Move) -> "Batch":
+        """The same batch with `move` of every tensor."""
         return replace(
             self,
             views=tuple(move(view) for view in self.views),
@@ -47,4 +90,16 @@ class Batch:
             ids=move(self.ids),
             masks=tuple(None if mask is None else move(mask) for mask in self.masks),
             draws={name: move(draw) for name, draw in self.draws.items()},
+            erased=tuple(None if erased is None else erased.map(move) for erased in self.erased),
+            mixed=None if self.mixed is None else self.mixed.map(move),
         )
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor that it holds."""
+        found: list[torch.Tensor] = []
+        self.map(lambda tensor: (found.append(tensor), tensor)[1])
+        return iter(found)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`; copies from pinned memory do not block."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))

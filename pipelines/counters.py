@@ -53,7 +53,13 @@ class Kind(enum.IntEnum):
     GRAYSCALE = 4
     BLUR = 5
     SOLARIZE = 6
+    RAND_AUGMENT = 7
+    ONE_OF = 8
+    RANDOM_CROP = 9
     MASK = 32
+    ERASE = 33
+    MIX = 34
+    DECLARED = 35  # what a method asks for by a Draw
     FULL = 48  # of Scope.ORDER: the permutation of an epoch's samples,
     SHARDS = 49  # of its shards,
     WINDOW = 50  # of the samples in one of its windows,

@@ -16,7 +16,6 @@ crop's aspect ratio: where another CPU's libm rounds them differently, a box may
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any, assert_never
 
 import numba
@@ -30,28 +29,37 @@ from pipelines.counters import (
     SEED_LIMIT,
     Kind,
     PlanError,
-    Scope,
-    counters,
 )
-from pipelines.philox import uniforms, words
+from pipelines.draw_masks import mask
+from pipelines.draw_mix import declared_draw, erase, mix
+from pipelines.geometry import resized_sizes
+from pipelines.noise import normals
+from pipelines.philox import uniforms
 from pipelines.plan import Plan, ViewPlan
 from pipelines.recipe import (
+    RAND_AUGMENT_OPERATIONS,
     Augmentation,
     CenterCrop,
     ColorJitter,
     Flip,
     GaussianBlur,
     Grayscale,
+    OneOf,
     Op,
-    RandomMask,
+    RandAugment,
+    RandAugmentOperation,
+    RandomCrop,
     RandomResizedCrop,
     Resize,
     Solarize,
+    View,
 )
+from pipelines.source import Source, below, between
 
 PLAN_VERSION = 1  # moves when equal inputs would give other draws
 
 _CROP_ATTEMPTS = 10
+_BENDING = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")  # they sample pixels anew
 _JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), np.int8)
 
 
@@ -98,43 +106,6 @@ def _crop_boxes(
         boxes[row, 3] = box_width
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The random words of one view."""
-
-    seed: int
-    epoch: int
-    view: int
-    ids: NDArray[np.int64]
-    occurrences: NDArray[np.int32]
-
-    def words(self, kind: Kind, ordinal: int, blocks: int) -> NDArray[np.uint32]:
-        """uint32 [B, 4 * blocks]."""
-        chosen = counters(
-            Scope.SAMPLE,
-            kind,
-            self.ids,
-            epoch=self.epoch,
-            occurrence=self.occurrences,
-            view=self.view,
-            ordinal=ordinal,
-            blocks=blocks,
-        )
-        return words(self.seed, chosen).reshape(len(self.ids), 4 * blocks)
-
-    def gate(self, kind: Kind, ordinal: int, probability: float) -> NDArray[np.bool_]:
-        """bool [B]; never where the probability is 0, always where it is 1."""
-        return uniforms(self.words(kind, ordinal, blocks=1)[:, 0]) < probability
-
-
-def _between(
-    low: float | NDArray[np.float64],
-    high: float | NDArray[np.float64],
-    uniform: NDArray[np.float64],
-) -> NDArray[np.float32]:
-    return (low + uniform * (np.subtract(high, low))).astype(np.float32)
-
-
 def _kind(op: Op) -> Kind | None:
     match op:
         case RandomResizedCrop():
@@ -149,6 +120,10 @@ def _kind(op: Op) -> Kind | None:
             return Kind.BLUR
         case Solarize():
             return Kind.SOLARIZE
+        case RandAugment():
+            return Kind.RAND_AUGMENT
+        case RandomCrop():
+            return Kind.RANDOM_CROP
         case Resize() | CenterCrop():
             return None
         case _:
@@ -156,8 +131,9 @@ def _kind(op: Op) -> Kind | None:
 
 
 def _columns(
-    op: Op, kind: Kind, ordinal: int, source: _Source, sizes: NDArray[np.int32]
+    op: Op, kind: Kind, ordinal: int, source: Source, sizes: NDArray[np.int32]
 ) -> dict[str, NDArray[Any]]:
+    """sizes: int32 [B, 2], height and width of what the op gets."""
     match op:
         case RandomResizedCrop():
             drawn = source.words(kind, ordinal, blocks=_CROP_ATTEMPTS)
@@ -177,16 +153,26 @@ def _columns(
             strengths = np.array([op.brightness, op.contrast, op.saturation])
             low = np.append(np.maximum(0.0, 1.0 - strengths), -op.hue)
             high = np.append(1.0 + strengths, op.hue)
-            orders = (drawn[:, 5].astype(np.uint64) * len(_JITTER_ORDERS)) >> np.uint64(32)
+            if op.additive_brightness:
+                low[0], high[0] = -op.brightness, op.brightness
             return {
                 "apply": uniforms(drawn[:, 4]) < op.probability,
-                "factors": _between(low, high, uniforms(drawn[:, :4])),
-                "order": _JITTER_ORDERS[orders],
+                "factors": between(low, high, uniforms(drawn[:, :4])),
+                "order": _JITTER_ORDERS[below(drawn[:, 5], len(_JITTER_ORDERS))],
             }
         case GaussianBlur():
-            drawn = uniforms(source.words(kind, ordinal, blocks=1)[:, :2])
-            sigma = _between(*op.sigma, drawn[:, 1])
-            return {"sigma": np.where(drawn[:, 0] < op.probability, sigma, np.float32(0))}
+            apply = source.gate(kind, ordinal, op.probability)
+            drawn = source.words(kind, ordinal, blocks=1, scope=op.scope)[:, 1]
+            sigma = between(*op.sigma, uniforms(drawn))
+            return {"sigma": np.where(apply, sigma, np.float32(0))}
+        case RandAugment():
+            return _rand_augment(op, source.words(kind, ordinal, blocks=op.num_ops))
+        case RandomCrop():
+            drawn = source.words(kind, ordinal, blocks=1)[:, :2]
+            missing = np.maximum(op.size - (sizes + 2 * op.padding_pixels), 0)
+            border = op.padding_pixels + missing
+            start = below(drawn, sizes + 2 * border - op.size + 1) - border
+            return {"start": start.astype(np.int32)}
         case Flip() | Grayscale() | Solarize():
             return {"apply": source.gate(kind, ordinal, op.probability)}
         case Resize() | CenterCrop():
@@ -195,16 +181,97 @@ def _columns(
             assert_never(op)
 
 
-def _removed(mask: RandomMask, size: int, source: _Source) -> NDArray[np.bool_]:
-    """bool [B, N]: all but the int(N * (1 - ratio)) patches of the smallest noise."""
-    patches = (size // mask.patch_pixels) ** 2
-    kept = int(patches * (1 - mask.ratio))
-    noise = source.words(Kind.MASK, 0, blocks=-(-patches // 4))[:, :patches]
-    # The index in the low half breaks ties, so that exactly `kept` keys lie below the kept-th.
-    keys = (noise.astype(np.uint64) << np.uint64(32)) | np.arange(patches, dtype=np.uint64)
-    if kept == 0:
-        return np.ones(keys.shape, np.bool_)
-    return keys > np.partition(keys, kept - 1, axis=1)[:, kept - 1, None]
+def _rand_augment(op: RandAugment, drawn: NDArray[np.uint32]) -> dict[str, NDArray[Any]]:
+    """drawn: uint32 [B, 4 * num_ops]; of four words which, whether, how strongly, how sampled."""
+    which, whether, strength, sampling = drawn.reshape(len(drawn), op.num_ops, 4).transpose(2, 0, 1)
+    places = np.array([RAND_AUGMENT_OPERATIONS.index(name) for name in op.operations], np.int8)
+    operation = places[below(which, len(places))]
+    operation = np.where(uniforms(whether) < op.probability, operation, np.int8(-1))
+    noise = normals(strength & 0xFFFF).astype(np.float64)
+    level = np.clip(op.magnitude + op.magnitude_std * noise, 0.0, 10.0) / 10.0
+    signed = np.where(strength >> 31, -level, level)
+    argument = np.zeros(level.shape, np.float64)
+    bends = np.zeros(level.shape, np.bool_)
+    for place in np.unique(operation).tolist():
+        if place >= 0:
+            name = RAND_AUGMENT_OPERATIONS[place]
+            here = operation == place
+            argument[here] = _argument(name, op, level, signed)[here]
+            bends |= here & (name in _BENDING)
+    match op.interpolation:
+        case "random":
+            bicubic = bends & (sampling >> 31 == 1)
+        case _:
+            bicubic = bends & (op.interpolation == "bicubic")
+    return {"operation": operation, "argument": argument.astype(np.float32), "bicubic": bicubic}
+
+
+def _argument(
+    name: RandAugmentOperation,
+    op: RandAugment,
+    level: NDArray[np.float64],
+    signed: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """What an operation is called with at a level in [0, 1]: timm's `LEVEL_TO_ARG`."""
+    match name:
+        case "AutoContrast" | "Equalize" | "Invert":
+            return np.zeros_like(level)
+        case "Rotate":
+            return signed * 30.0
+        case "ShearX" | "ShearY":
+            return signed * 0.3
+        case "TranslateX" | "TranslateY":
+            return signed * op.translate_fraction
+        case "Color" | "Contrast" | "Brightness" | "Sharpness":
+            return np.maximum(0.1, 1.0 + signed * 0.9)
+        case "Posterize":
+            return 4 - np.trunc(level * 4)
+        case "Solarize":
+            return 256 - np.trunc(level * 256)
+        case "SolarizeAdd":
+            return np.trunc(level * 110)
+        case _:
+            assert_never(name)
+
+
+def _one_of(
+    declared: OneOf, inner: list[dict[str, NDArray[Any]]], drawn: NDArray[np.uint32]
+) -> list[dict[str, NDArray[Any]]]:
+    """The columns of its ops, of which those that were not chosen do not apply."""
+    chosen = below(drawn[:, 0], len(declared.ops))
+    return [
+        {
+            name: np.where(chosen == place, column, column.dtype.type(0))
+            for name, column in op.items()
+        }
+        for place, op in enumerate(inner)
+    ]
+
+
+def _view(
+    view: View, source: Source, sizes: NDArray[np.int32]
+) -> tuple[dict[str, NDArray[Any]], ...]:
+    """The columns of `view.executed`, one mapping per op."""
+    seen: Counter[Kind] = Counter()
+    columns: list[dict[str, NDArray[Any]]] = []
+
+    def drawn(op: Op) -> dict[str, NDArray[Any]]:
+        kind = _kind(op)
+        if kind is None:
+            return {}
+        seen[kind] += 1
+        return _columns(op, kind, seen[kind] - 1, source, sizes)
+
+    for op in view.ops:
+        if isinstance(op, OneOf):
+            words_ = source.words(Kind.ONE_OF, seen[Kind.ONE_OF], blocks=1)
+            seen[Kind.ONE_OF] += 1
+            columns += _one_of(op, [drawn(inner) for inner in op.ops], words_)
+        else:
+            columns.append(drawn(op))
+        if isinstance(op, Resize):
+            sizes = resized_sizes(sizes, op.size)
+    return tuple(columns)
 
 
 def draw(
@@ -216,30 +283,52 @@ def draw(
     ids: NDArray[np.int64],
     occurrences: NDArray[np.int32],
     sizes: NDArray[np.int32],
+    first: int = 0,
 ) -> Plan:
-    """The plan of a batch.
+    """The plan of a batch, or of `first` and the following samples of one.
 
-    seed: in [0, 2^64). epoch: in [0, 2^32). position: see `Plan`; it enters no draw.
-    ids: int64 [B] in [0, 2^40). occurrences: int32 [B] in [0, 2^10). sizes: int32 [B, 2] = height,
-    width in pixels. Raises PlanError for values, shapes or dtypes outside of that.
+    seed: in [0, 2^64). epoch: in [0, 2^32). position: see `Plan`; position + first says in which
+    groups the samples are. ids: int64 [B] in [0, 2^40). occurrences: int32 [B] in [0, 2^10).
+    sizes: int32 [B, 2] = height, width in pixels.
+    Raises PlanError for values, shapes or dtypes outside of that, or samples that are no whole
+    groups of the recipe.
     """
     _check(seed, epoch, ids, occurrences, sizes)
+    start, group = position + first, augmentation.group
+    if group > 1 and (start % group or len(ids) % group):
+        raise PlanError(
+            f"{len(ids)} samples from position {start} on are no whole groups of {group}, which "
+            f"the recipe {augmentation.name!r} draws for"
+        )
+    groups = np.arange(start, start + len(ids), dtype=np.int64) // group
     sizes = np.array(sizes, order="C")  # read-only memory would be another type to numba
-    views: list[ViewPlan] = []
-    for view_index, view in enumerate(augmentation.flat_views):
-        source = _Source(seed, epoch, view_index, ids, occurrences)
-        seen: Counter[Kind] = Counter()
-        ops: list[dict[str, NDArray[Any]]] = []
-        for op in view.ops:
-            kind = _kind(op)
-            if kind is None:
-                ops.append({})
-            else:
-                ops.append(_columns(op, kind, seen[kind], source, sizes))
-                seen[kind] += 1
-        mask = None if view.mask is None else _removed(view.mask, view.size, source)
-        views.append(ViewPlan(tuple(ops), mask))
-    return Plan(seed, epoch, position, ids, occurrences, sizes, tuple(views))
+    sources = [
+        Source(seed, epoch, index, ids, occurrences, groups, group)
+        for index in range(len(augmentation.flat_views))
+    ]
+    views = tuple(
+        ViewPlan(
+            _view(view, source, sizes),
+            None if view.mask is None else mask(view.mask, view.size, source),
+            {} if view.erase is None else erase(view.erase, view.size, source),
+        )
+        for view, source in zip(augmentation.flat_views, sources, strict=True)
+    )
+    mixed = augmentation.mix
+    return Plan(
+        seed,
+        epoch,
+        position,
+        ids,
+        occurrences,
+        sizes,
+        views,
+        {} if mixed is None else mix(mixed, augmentation.flat_views[0].size, sources[0]),
+        {
+            declared.name: declared_draw(declared, ordinal, sources[0])
+            for ordinal, declared in enumerate(augmentation.draws)
+        },
+    )
 
 
 def _check(

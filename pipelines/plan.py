@@ -9,7 +9,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,22 @@ from pipelines.counters import PlanError
 
 _FILE_FORMAT = 1
 
+Columns = Mapping[str, NDArray[Any]]
+
 
 @dataclass(frozen=True, eq=False)
 class ViewPlan:
     """The draws of one picture per sample.
 
     ops: one mapping per op of the View, from column to array with first axis B, as the op's
-    docstring lists them; empty for an op without draws.
-    mask: bool [B, N] (True = removed), or None.
+    docstring lists them; empty for an op without draws. In the order of `View.executed`.
+    mask: bool [B, N] (True = removed; as its dataclass says), or None.
+    erase: the columns of RandomErasing; empty where the view has none.
     """
 
-    ops: tuple[Mapping[str, NDArray[Any]], ...]
+    ops: tuple[Columns, ...]
     mask: NDArray[np.bool_] | None = None
+    erase: Columns = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +44,8 @@ class Plan:
 
     position: place in the epoch of the *global* batch's first sample. ids: int64 [B].
     occurrences: int32 [B]. sizes: int32 [B, 2] = height, width of the stored pictures in pixels.
-    views: in the order of `Augmentation.flat_views`.
+    views: in the order of `Augmentation.flat_views`. mix: the columns of Mix; empty without one.
+    draws: the values of each Draw.
     """
 
     seed: int
@@ -50,12 +55,14 @@ class Plan:
     occurrences: NDArray[np.int32]
     sizes: NDArray[np.int32]
     views: tuple[ViewPlan, ...]
+    mix: Columns = field(default_factory=dict)
+    draws: Columns = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Every array by a name such as `ids`, `view.1.op.0.box` or `view.0.mask`."""
+        """Every array by a name such as `ids`, `view.1.op.0.box`, `view.0.mask`, `mix.weight`."""
         named: dict[str, NDArray[Any]] = {
             "ids": self.ids,
             "occurrences": self.occurrences,
@@ -67,14 +74,27 @@ class Plan:
                     named[f"view.{view_index}.op.{op_index}.{name}"] = column
             if view.mask is not None:
                 named[f"view.{view_index}.mask"] = view.mask
+            for name, column in view.erase.items():
+                named[f"view.{view_index}.erase.{name}"] = column
+        for group, columns in (("mix", self.mix), ("draw", self.draws)):
+            for name, column in columns.items():
+                named[f"{group}.{name}"] = column
         return named
 
     def rows(self, rows: slice) -> "Plan":
-        """The plan of some of its samples, sharing memory; `position` stays the global batch's."""
+        """The plan of some of its samples, sharing memory; `position` stays the global batch's.
+
+        `rows` must hold whole groups where samples are mixed.
+        """
+
+        def cut(columns: Columns) -> Columns:
+            return {name: column[rows] for name, column in columns.items()}
+
         views = tuple(
             ViewPlan(
-                tuple({name: column[rows] for name, column in op.items()} for op in view.ops),
+                tuple(cut(op) for op in view.ops),
                 None if view.mask is None else view.mask[rows],
+                cut(view.erase),
             )
             for view in self.views
         )
@@ -86,6 +106,8 @@ class Plan:
             self.occurrences[rows],
             self.sizes[rows],
             views,
+            cut(self.mix),
+            cut(self.draws),
         )
 
     def equal(self, other: "Plan") -> bool:
@@ -110,9 +132,15 @@ class Plan:
             "epoch": self.epoch,
             "position": self.position,
             "views": [
-                {"ops": [list(op) for op in view.ops], "mask": view.mask is not None}
+                {
+                    "ops": [list(op) for op in view.ops],
+                    "mask": view.mask is not None,
+                    "erase": list(view.erase),
+                }
                 for view in self.views
             ],
+            "mix": list(self.mix),
+            "draws": list(self.draws),
         }
         temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
         arrays = {"header": np.array(json.dumps(header)), **self.arrays()}
@@ -143,6 +171,10 @@ class Plan:
                             for op_index, op in enumerate(view["ops"])
                         ),
                         file[f"view.{view_index}.mask"] if view["mask"] else None,
+                        {
+                            name: file[f"view.{view_index}.erase.{name}"]
+                            for name in view.get("erase", ())
+                        },
                     )
                     for view_index, view in enumerate(header["views"])
                 )
@@ -154,6 +186,8 @@ class Plan:
                     file["occurrences"],
                     file["sizes"],
                     views,
+                    {name: file[f"mix.{name}"] for name in header.get("mix", ())},
+                    {name: file[f"draw.{name}"] for name in header.get("draws", ())},
                 )
         except PlanError:
             raise

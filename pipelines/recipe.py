@@ -1,240 +1,278 @@
 """What happens to an image, declared once, as data.
 
-A recipe is an `Augmentation`: views made of ops, an optional mask per view, and the numbers of the
-final normalisation. Nothing here runs, draws or imports more than the standard library, so that a
-recipe can be printed, compared, hashed into a fingerprint and lowered by any engine. `draw.draw`
-turns it into random numbers, `engines/` into pixels.
+A recipe is an `Augmentation`: views made of `ops`, what may be hidden or erased of each (`masks`,
+RandomErasing), how samples are mixed, and the numbers of the final normalisation. Nothing here
+runs, draws or imports more than the standard library, so that a recipe can be printed, compared,
+hashed into a fingerprint and lowered by any engine. `draw.draw` turns it into random numbers,
+`engines/` into pixels.
 
-Each op lists under "Draws" the columns that `draw.draw` gives for it, one row per sample
-(B = samples in the batch). An op without "Draws" is a function of the picture's size alone.
+"Draws" names the columns that `draw.draw` gives, one row per sample (B = samples in the batch).
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Interpolation = Literal["bilinear", "bicubic"]
+from pipelines.masks import BlockMask, Mask, MultiBlockMask, RandomMask
+from pipelines.ops import (
+    GEOMETRY,
+    RAND_AUGMENT_OPERATIONS,
+    CenterCrop,
+    ChosenOp,
+    ColorJitter,
+    DrawScope,
+    Flip,
+    GaussianBlur,
+    Grayscale,
+    Interpolation,
+    OneOf,
+    Op,
+    RandAugment,
+    RandAugmentOperation,
+    RandomCrop,
+    RandomResizedCrop,
+    RecipeError,
+    Resize,
+    Solarize,
+    ViewOp,
+    centered_offset,
+    require,
+    require_probability,
+    require_range,
+    resized_shape,
+)
+
+__all__ = [
+    "GEOMETRY",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "RAND_AUGMENT_OPERATIONS",
+    "Augmentation",
+    "BlockMask",
+    "CenterCrop",
+    "ChosenOp",
+    "ColorJitter",
+    "Distribution",
+    "Draw",
+    "Flip",
+    "GaussianBlur",
+    "Grayscale",
+    "Integers",
+    "Interpolation",
+    "Mask",
+    "Mix",
+    "MultiBlockMask",
+    "OneOf",
+    "Op",
+    "Permutation",
+    "RandAugment",
+    "RandAugmentOperation",
+    "RandomCrop",
+    "RandomErasing",
+    "RandomMask",
+    "RandomResizedCrop",
+    "RecipeError",
+    "Resize",
+    "Solarize",
+    "Uniform",
+    "View",
+    "ViewOp",
+    "centered_offset",
+    "resized_shape",
+]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot mean anything: says which field of which op, and what it may be."""
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise RecipeError(message)
-
-
-def _require_probability(op: object, value: float) -> None:
-    _require(0 <= value <= 1, f"{type(op).__name__}.probability is {value}; it must be in [0, 1]")
-
-
 @dataclass(frozen=True)
-class RandomResizedCrop:
-    """Crop a random box and resize it to `size` x `size`, antialiased.
+class RandomErasing:
+    """Overwrite random boxes of the normalised view; timm's `RandomErasing`.
 
-    Sampling as torchvision's `RandomResizedCrop.get_params`: up to ten attempts, then the central
-    box of the nearest admissible aspect ratio.
-    Draws: `box` int32 [B, 4] = top, left, height, width in source pixels.
+    A sample is erased with `probability`, then in `count` boxes (uniform between its two numbers)
+    that share an area uniform in `area`, with a height / width log-uniform in `ratio`, ten attempts
+    each (Zhong et al. 2017; timm `data/random_erasing.py`). `fill`: "const" is 0, the mean colour;
+    "rand" one colour from N(0, 1) per box; "pixel" N(0, 1) for every value.
+    Draws, as the view's `erase`: `box` int32 [B, most boxes, 4] = top, left, height, width in
+    pixels of the view, all 0 where there is none; for "rand" `color` float32 [B, most boxes, 3];
+    for "pixel" `key` uint64 [B], from which `noise` makes the values.
     """
 
-    size: int
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: Interpolation = "bicubic"
+    probability: float = 0.25
+    area: tuple[float, float] = (0.02, 1 / 3)
+    ratio: tuple[float, float] = (0.3, 1 / 0.3)
+    fill: Literal["const", "rand", "pixel"] = "pixel"
+    count: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
-        _require(self.size > 0, f"RandomResizedCrop.size is {self.size}; it must be positive")
-        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
-            _require(
-                0 < low <= high,
-                f"RandomResizedCrop.{name} is ({low}, {high}); it must be 0 < low <= high",
-            )
-        _require(self.scale[1] <= 1, f"RandomResizedCrop.scale is {self.scale}; at most 1")
+        require_probability(self, self.probability)
+        require_range(self, "area", 1e-6, 1)
+        require_range(self, "ratio", 1e-3, 1e3)
+        require_range(self, "count", 1, 64)
 
 
 @dataclass(frozen=True)
-class Resize:
-    """Resize the shorter side to `size` (torchvision's rounding), antialiased. No draws."""
+class Mix:
+    """Mixup, CutMix, or one of the two: what of its partner becomes part of a sample.
 
-    size: int
-    interpolation: Interpolation = "bicubic"
-
-    def __post_init__(self) -> None:
-        _require(self.size > 0, f"Resize.size is {self.size}; it must be positive")
-
-
-@dataclass(frozen=True)
-class CenterCrop:
-    """Cut the central `size` x `size` (torchvision's rounding). No draws."""
-
-    size: int
-
-    def __post_init__(self) -> None:
-        _require(self.size > 0, f"CenterCrop.size is {self.size}; it must be positive")
-
-
-@dataclass(frozen=True)
-class Flip:
-    """Mirror left and right. Draws: `apply` bool [B]."""
-
-    probability: float = 0.5
-
-    def __post_init__(self) -> None:
-        _require_probability(self, self.probability)
-
-
-@dataclass(frozen=True)
-class ColorJitter:
-    """torchvision's ColorJitter under a RandomApply: four factors in a random order.
-
-    brightness, contrast, saturation: factor uniform in [max(0, 1 - x), 1 + x]; hue: shift uniform
-    in [-hue, hue], a fraction of the colour circle. An op whose strength is 0 is left out.
-    Draws: `apply` bool [B]; `factors` float32 [B, 4] = brightness, contrast, saturation, hue;
-    `order` int8 [B, 4], the index into `factors` that is applied first, second, ...
+    The partner of sample i of a group of G is sample G - 1 - i, timm's `x.flip(0)` (Zhang et al.
+    2017; Yun et al. 2019; timm `data/mixup.py`). With `probability` a weight lambda is drawn from
+    Beta(alpha, alpha), of CutMix with `switch_probability` where both alphas are above 0. Mixup:
+    x = lambda * x + (1 - lambda) * partner. CutMix: a box of (1 - lambda) of the area, clipped at
+    the border, is the partner's, and lambda becomes the share outside of it.
+    `scope`: one draw per "group" (timm's "batch"), "pair" or "sample" (timm's "elem").
+    Draws, as the plan's `mix`: `partner` int32 [B], added to a sample's row in the batch; `weight`
+    float32 [B], lambda after clipping, 1 where nothing is mixed; `box` int32 [B, 4] = top, left,
+    height, width of what is cut from the partner, all 0 where nothing is.
     """
 
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
+    mixup_alpha: float = 0.8
+    cutmix_alpha: float = 1.0
     probability: float = 1.0
+    switch_probability: float = 0.5
+    scope: Literal["group", "pair", "sample"] = "group"
 
     def __post_init__(self) -> None:
-        _require_probability(self, self.probability)
-        for name in ("brightness", "contrast", "saturation"):
+        require_probability(self, self.probability)
+        for name in ("mixup_alpha", "cutmix_alpha"):
             value = getattr(self, name)
-            _require(value >= 0, f"ColorJitter.{name} is {value}; it must not be negative")
-        _require(0 <= self.hue <= 0.5, f"ColorJitter.hue is {self.hue}; it must be in [0, 0.5]")
-
-
-@dataclass(frozen=True)
-class Grayscale:
-    """Replace the colours by ITU-R 601 luma on all three channels. Draws: `apply` bool [B]."""
-
-    probability: float = 0.2
-
-    def __post_init__(self) -> None:
-        _require_probability(self, self.probability)
-
-
-@dataclass(frozen=True)
-class GaussianBlur:
-    """A true Gaussian as torchvision's `gaussian_blur`: reflected border, normalised kernel.
-
-    `kernel_size` None takes 2 * ceil(3 * sigma) + 1 per sample, at most what the view's reflected
-    border allows. Pillow's `GaussianBlur`, which DINO's and MoCo's code calls, approximates this
-    one by three box blurs.
-    Draws: `sigma` float32 [B] in pixels, 0 where the blur is not applied.
-    """
-
-    probability: float = 0.5
-    sigma: tuple[float, float] = (0.1, 2.0)
-    kernel_size: int | None = None
-
-    def __post_init__(self) -> None:
-        _require_probability(self, self.probability)
-        low, high = self.sigma
-        _require(0 < low <= high, f"GaussianBlur.sigma is ({low}, {high}); 0 < low <= high")
-        size = self.kernel_size
-        _require(
-            size is None or (size > 0 and size % 2 == 1),
-            f"GaussianBlur.kernel_size is {size}; it must be odd and positive, or None",
+            require(value >= 0, f"Mix.{name} is {value}; it must not be negative")
+        require(
+            self.mixup_alpha > 0 or self.cutmix_alpha > 0,
+            "Mix.mixup_alpha and Mix.cutmix_alpha are both 0: nothing would be mixed",
+        )
+        require(
+            0 <= self.switch_probability <= 1,
+            f"Mix.switch_probability is {self.switch_probability}; it must be in [0, 1]",
         )
 
 
 @dataclass(frozen=True)
-class Solarize:
-    """Invert every value at or above `threshold` (0..256). Draws: `apply` bool [B]."""
+class Uniform:
+    """float32, uniform in [low, high]."""
 
-    probability: float = 0.2
-    threshold: int = 128
+    low: float = 0.0
+    high: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_probability(self, self.probability)
-        _require(0 <= self.threshold <= 256, f"Solarize.threshold is {self.threshold}; 0..256")
-
-
-Op = (
-    RandomResizedCrop
-    | Resize
-    | CenterCrop
-    | Flip
-    | ColorJitter
-    | Grayscale
-    | GaussianBlur
-    | Solarize
-)
+        require(
+            math.isfinite(self.low) and self.low < self.high < math.inf,
+            f"Uniform is ({self.low}, {self.high}); it must be low < high",
+        )
 
 
 @dataclass(frozen=True)
-class RandomMask:
-    """MAE's mask: of the view's (size / patch)^2 patches a random `ratio` is removed.
+class Integers:
+    """int64, uniform in 0 .. limit - 1."""
 
-    Keeps int(N * (1 - ratio)) patches per sample (He et al. 2021; mae `random_masking`).
-    Draws: the view's `mask` bool [B, N], row-major over patches, True = removed.
-    """
-
-    patch_pixels: int = 16
-    ratio: float = 0.75
+    limit: int
 
     def __post_init__(self) -> None:
-        _require(self.patch_pixels > 0, f"RandomMask.patch_pixels is {self.patch_pixels}")
-        _require(0 < self.ratio < 1, f"RandomMask.ratio is {self.ratio}; it must be in (0, 1)")
+        require(0 < self.limit <= 1 << 31, f"Integers.limit is {self.limit}; 1 to 2^31")
 
 
-Mask = RandomMask
+@dataclass(frozen=True)
+class Permutation:
+    """int64, a uniform permutation of 0 .. length - 1 along one more axis."""
+
+    length: int
+
+    def __post_init__(self) -> None:
+        require(1 < self.length <= 1 << 12, f"Permutation.length is {self.length}; 2 to 4096")
+
+
+Distribution = Uniform | Integers | Permutation
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers that a method asks for itself and finds in `batch.draws[name]`.
+
+    Draws, as the plan's `draws[name]`: [B, *shape], or [B, *shape, length] of a Permutation. With
+    scope "group" all samples of a group have the same. No engine looks at them.
+    """
+
+    name: str
+    distribution: Distribution
+    shape: tuple[int, ...] = ()
+    scope: DrawScope = "sample"
+
+    def __post_init__(self) -> None:
+        require(self.name.isidentifier(), f"Draw.name is {self.name!r}; it must be an identifier")
+        require(
+            all(length > 0 for length in self.shape),
+            f"Draw {self.name!r}: shape is {self.shape}; its lengths must be positive",
+        )
+
+
+_GEOMETRIES = (
+    (RandomResizedCrop,),
+    (Resize, CenterCrop),
+    (Resize, RandomCrop),
+    (CenterCrop,),
+    (RandomCrop,),
+)
 
 
 @dataclass(frozen=True)
 class View:
     """`count` pictures made from one image by the same ops, with independent draws.
 
-    The ops begin with what fixes the size: RandomResizedCrop, or Resize then CenterCrop, or
-    CenterCrop alone.
+    The ops begin with what fixes the size: RandomResizedCrop, or CenterCrop or RandomCrop, alone or
+    after Resize. A Flip stands before RandAugment, whose turns it would reverse.
+    mask: what the method hides of the view. erase: what is overwritten after normalisation.
     """
 
     name: str
-    ops: tuple[Op, ...]
+    ops: tuple[ViewOp, ...]
     count: int = 1
     mask: Mask | None = None
+    erase: RandomErasing | None = None
 
     def __post_init__(self) -> None:
-        _require(self.count > 0, f"view {self.name!r}: count is {self.count}; at least 1")
-        geometry = [
-            op for op in self.ops if isinstance(op, RandomResizedCrop | Resize | CenterCrop)
-        ]
+        require(self.count > 0, f"view {self.name!r}: count is {self.count}; at least 1")
+        geometry = [op for op in self.ops if isinstance(op, GEOMETRY)]
         first = self.ops[: len(geometry)]
-        kinds = tuple(type(op) for op in first)
-        _require(
+        require(
             len(geometry) > 0
             and list(first) == geometry
-            and kinds in ((RandomResizedCrop,), (Resize, CenterCrop), (CenterCrop,)),
-            f"view {self.name!r}: its ops must begin with RandomResizedCrop, or Resize and "
-            f"CenterCrop, or CenterCrop, and have no other geometry",
+            and tuple(type(op) for op in first) in _GEOMETRIES,
+            f"view {self.name!r}: its ops must begin with RandomResizedCrop, or with CenterCrop or "
+            f"RandomCrop, alone or after Resize, and have no other geometry",
+        )
+        kinds = [type(op) for op in self.ops]
+        require(
+            RandAugment not in kinds or Flip not in kinds[kinds.index(RandAugment) :],
+            f"view {self.name!r}: Flip must stand before RandAugment",
         )
         if self.mask is not None:
-            _require(
+            require(
                 self.size % self.mask.patch_pixels == 0,
                 f"view {self.name!r}: size {self.size} is no multiple of the mask's "
                 f"patch_pixels {self.mask.patch_pixels}",
             )
 
     @property
+    def executed(self) -> tuple[Op, ...]:
+        """What an engine runs, one after the other: `ops` with each OneOf's in its place."""
+        return tuple(
+            inner for op in self.ops for inner in (op.ops if isinstance(op, OneOf) else (op,))
+        )
+
+    @property
     def size(self) -> int:
         """Side of the finished view in pixels."""
-        crop = next(op for op in self.ops if isinstance(op, RandomResizedCrop | CenterCrop))
-        return crop.size
+        crops = (RandomResizedCrop, CenterCrop, RandomCrop)
+        return next(op for op in self.ops if isinstance(op, crops)).size
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A whole recipe: the views of one image and the normalisation of all of them.
+    """A whole recipe: the views of one image, their mixing, and the normalisation of all of them.
 
     `mean` and `std` are in units of [0, 1] pixels: out = (uint8 / 255 - mean) / std.
-    `group` is the number of consecutive positions of the order that share group-scoped draws.
+    `group` is the number of consecutive positions of the order that share group-scoped draws and
+    among which samples are mixed. `draws`: what the method asks for beside its pictures.
     """
 
     name: str
@@ -242,17 +280,32 @@ class Augmentation:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     group: int = 1
+    mix: Mix | None = None
+    draws: tuple[Draw, ...] = ()
     deviations: tuple[str, ...] = field(default=(), metadata={"help": "from paper or its code"})
 
     def __post_init__(self) -> None:
-        _require(len(self.views) > 0, f"augmentation {self.name!r} has no views")
-        names = [view.name for view in self.views]
-        _require(
-            len(set(names)) == len(names),
-            f"augmentation {self.name!r}: two views are called the same, among {names}",
-        )
-        _require(min(self.std) > 0, f"augmentation {self.name!r}: std {self.std} must be positive")
-        _require(self.group > 0, f"augmentation {self.name!r}: group is {self.group}; at least 1")
+        require(len(self.views) > 0, f"augmentation {self.name!r} has no views")
+        for what, names in (
+            ("views", [view.name for view in self.views]),
+            ("draws", [draw.name for draw in self.draws]),
+        ):
+            require(
+                len(set(names)) == len(names),
+                f"augmentation {self.name!r}: two {what} are called the same, among {names}",
+            )
+        require(min(self.std) > 0, f"augmentation {self.name!r}: std {self.std} must be positive")
+        require(self.group > 0, f"augmentation {self.name!r}: group is {self.group}; at least 1")
+        if self.mix is not None:
+            require(
+                self.group % 2 == 0,
+                f"augmentation {self.name!r}: group is {self.group}; Mix needs an even one, whose "
+                f"samples have partners",
+            )
+            require(
+                len(self.flat_views) == 1,
+                f"augmentation {self.name!r} has {len(self.flat_views)} views; Mix needs one",
+            )
 
     @property
     def flat_views(self) -> tuple[View, ...]:
@@ -265,22 +318,17 @@ class Augmentation:
         del data["deviations"]
         for view, shown in zip(self.views, data["views"], strict=True):
             for op, fields in zip(view.ops, shown["ops"], strict=True):
-                fields["op"] = type(op).__name__
+                _name(op, fields)
             if view.mask is not None:
-                shown["mask"]["op"] = type(view.mask).__name__
+                _name(view.mask, shown["mask"])
+        for draw, shown in zip(self.draws, data["draws"], strict=True):
+            _name(draw.distribution, shown["distribution"])
         return data
 
 
-def resized_shape(height: int, width: int, shorter: int) -> tuple[int, int]:
-    """(height, width) after resizing the shorter side to `shorter`, rounded as torchvision does."""
-    if width <= height:
-        return int(shorter * height / width), shorter
-    return shorter, int(shorter * width / height)
-
-
-def centered_offset(length: int, size: int) -> int:
-    """First row or column of a centre crop; torchvision's `int(round((length - size) / 2))`.
-
-    Negative where the picture is smaller than the crop (then it is padded with black).
-    """
-    return round((length - size) / 2.0) if length >= size else -((size - length) // 2)
+def _name(declared: object, fields: dict[str, Any]) -> None:
+    """Add to its fields which of several dataclasses it is: their fields may be the same."""
+    fields["op"] = type(declared).__name__
+    if isinstance(declared, OneOf):
+        for op, inner in zip(declared.ops, fields["ops"], strict=True):
+            _name(op, inner)

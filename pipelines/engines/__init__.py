@@ -1,17 +1,20 @@
 """Engines execute a Plan: encoded bytes and drawn numbers in, uint8 views out.
 
 An engine decides nothing. It gets `Work` (what `draw.draw` fixed, and the samples' bytes) and gives
-`Batch`es in the same order, with uint8 views or, from those in NORMALIZING, finished ones.
+`Batch`es in the same order, with uint8 views or, where it `finishes` them, finished ones.
 `reference` says what every op means; the others are faster and are held to it, op by op. What an
 engine cannot do it says before anything runs (`unsupported`), so that `choose` never picks it and
 `open_engine` refuses it: never a silent difference.
 
-Each module of this package is imported only when its engine is asked about. To add one: a module
-with `unsupported(augmentation, device) -> list[str]` and an `open_engine(augmentation, *, device,
-threads) -> Engine`, its name in `ENGINES` and in `_module`.
+Each module of this package is imported only when its engine is asked about. To add one: its name in
+`EngineName`, and a module with
+
+    unsupported(augmentation, device, approximate) -> list[str]
+    finishes(augmentation, device, dtype) -> bool
+    open_engine(augmentation, *, device, threads, finished, approximate) -> Engine
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -21,8 +24,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.batch import Batch
-from pipelines.plan import Plan
+from pipelines.batch import Batch, Erased, Mixed
+from pipelines.plan import Columns, Plan
 from pipelines.recipe import Augmentation
 
 if TYPE_CHECKING:
@@ -38,8 +41,11 @@ PREFERENCE: dict[str, tuple[EngineName, ...]] = {
     "cpu": ("fused", "reference"),
 }
 
-# Engines that can write float32 views on a CPU, bit for bit as `device_stage` would make them.
-NORMALIZING: frozenset[EngineName] = frozenset({"fused"})
+# Known differences from `reference` that an engine makes only when asked for by name.
+#   affine-bilinear   dali: Rotate, Shear and Translate sample bilinearly where bicubic was drawn
+#   equalize-opencv   dali: Equalize by OpenCV's formula, not Pillow's
+Approximation = Literal["affine-bilinear", "equalize-opencv"]
+APPROXIMATIONS: tuple[Approximation, ...] = get_args(Approximation)
 
 
 class Unsupported(ValueError):
@@ -87,9 +93,10 @@ class Work:
 
     def batch(self, views: tuple[torch.Tensor, ...]) -> Batch:
         """The finished Batch: `views` ([B, 3, H, W] channels_last) with the plan's rest."""
+        labels = torch.tensor(self.labels, dtype=torch.int64)
         return Batch(
             views=views,
-            labels=torch.tensor(self.labels, dtype=torch.int64),
+            labels=labels,
             ids=torch.tensor(self.plan.ids, dtype=torch.int64),
             masks=tuple(
                 None if view.mask is None else torch.tensor(view.mask, dtype=torch.bool)
@@ -97,14 +104,40 @@ class Work:
             ),
             epoch=self.plan.epoch,
             position=self.plan.position,
+            draws={name: torch.tensor(values) for name, values in self.plan.draws.items()},
+            erased=tuple(_erased(view.erase) for view in self.plan.views),
+            mixed=_mixed(self.plan.mix, labels),
         )
+
+
+def _erased(columns: Columns) -> Erased | None:
+    if not columns:
+        return None
+    color, key = columns.get("color"), columns.get("key")
+    return Erased(
+        boxes=torch.tensor(columns["box"]),
+        colors=None if color is None else torch.tensor(color),
+        keys=None if key is None else torch.tensor(key.view(np.int64)),
+    )
+
+
+def _mixed(columns: Columns, labels: torch.Tensor) -> Mixed | None:
+    if not columns:
+        return None
+    partners = torch.arange(len(labels)) + torch.tensor(columns["partner"], dtype=torch.int64)
+    return Mixed(
+        partners=partners,
+        labels=labels[partners],
+        weights=torch.tensor(columns["weight"]),
+        boxes=torch.tensor(columns["box"]),
+    )
 
 
 class Engine(Protocol):
     """Executes work for one augmentation. Made by `open_engine`, used by one thread, run once.
 
-    name: as in ENGINES. approximations: known differences from `reference` that were asked for,
-    by name; they enter the fingerprint.
+    name: as in ENGINES. approximations: known differences from `reference` that were asked for and
+    are made, by name; they enter the fingerprint.
     """
 
     @property
@@ -136,12 +169,15 @@ def _dali_is_installed() -> bool:
 
 
 def unsupported(
-    name: EngineName, augmentation: Augmentation, device: torch.device | str = "cpu"
+    name: EngineName,
+    augmentation: Augmentation,
+    device: torch.device | str = "cpu",
+    approximate: Collection[Approximation] = (),
 ) -> list[str]:
     """Why engine `name` cannot run the recipe for `device`: sentences, none if it can."""
     if name == "dali" and not _dali_is_installed():
         return ["nvidia-dali is not installed (pip install 'headrace[dali]')"]
-    return _module(name).unsupported(augmentation, torch.device(device))
+    return _module(name).unsupported(augmentation, torch.device(device), approximate)
 
 
 def rejections(
@@ -151,7 +187,12 @@ def rejections(
     return {name: unsupported(name, augmentation, device) for name in ENGINES}
 
 
-def choose(name: str, augmentation: Augmentation, device: torch.device | str = "cpu") -> EngineName:
+def choose(
+    name: str,
+    augmentation: Augmentation,
+    device: torch.device | str = "cpu",
+    approximate: Collection[Approximation] = (),
+) -> EngineName:
     """The engine to open: `name` itself, or for "auto" the preferred one that can run the recipe.
 
     Raises Unsupported with every reason if the named engine, or none of the preferred ones, can.
@@ -160,18 +201,25 @@ def choose(name: str, augmentation: Augmentation, device: torch.device | str = "
     if name == "auto":
         reasons: list[str] = []
         for candidate in PREFERENCE.get(kind, PREFERENCE["cpu"]):
-            found = unsupported(candidate, augmentation, device)
+            found = unsupported(candidate, augmentation, device, approximate)
             if not found:
                 return candidate
             reasons += [f"{candidate}: {reason}" for reason in found]
         raise Unsupported("; ".join(reasons), "auto")
     for known in ENGINES:
         if name == known:
-            found = unsupported(known, augmentation, device)
+            found = unsupported(known, augmentation, device, approximate)
             if found:
                 raise Unsupported("; ".join(found), known)
             return known
     raise Unsupported(f"no engine has this name; there are auto, {', '.join(ENGINES)}", name)
+
+
+def finishes(
+    name: EngineName, augmentation: Augmentation, device: torch.device | str, dtype: torch.dtype
+) -> bool:
+    """Whether engine `name` can do `device_stage`'s work itself and hand out finished views."""
+    return _module(name).finishes(augmentation, torch.device(device), dtype)
 
 
 def open_engine(
@@ -180,18 +228,22 @@ def open_engine(
     *,
     device: torch.device | str = "cpu",
     threads: int = 1,
-    normalized: bool = False,
+    finished: torch.dtype | None = None,
+    approximate: Collection[Approximation] = (),
 ) -> Engine:
     """A new engine for the recipe: `name` as in `choose`, `threads` host threads at most.
 
-    Views come out on the CPU, or for `dali` with a CUDA `device` on that device; uint8, or with
-    `normalized` float32 as `device_stage` makes it, from an engine in NORMALIZING.
+    Views come out on the CPU, or for `dali` with a CUDA `device` on that device; uint8, or as
+    `device_stage` would make them, of dtype `finished`, from an engine that `finishes` them.
     Raises Unsupported.
     """
-    chosen = choose(name, augmentation, device)
-    options = {"device": torch.device(device), "threads": threads}
-    if normalized:
-        if chosen not in NORMALIZING:
-            raise Unsupported("normalizing its views", chosen)
-        options["normalized"] = True
-    return _module(chosen).open_engine(augmentation, **options)
+    chosen = choose(name, augmentation, device, approximate)
+    if finished is not None and not finishes(chosen, augmentation, device, finished):
+        raise Unsupported(f"finishing this recipe's views as {finished}", chosen)
+    return _module(chosen).open_engine(
+        augmentation,
+        device=torch.device(device),
+        threads=threads,
+        finished=finished,
+        approximate=approximate,
+    )

@@ -1,0 +1,170 @@
+"""Draws what happens to finished pictures: erasing, mixing, and what a method asks for itself."""
+
+import math
+from typing import Any, assert_never
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.counters import Kind
+from pipelines.noise import normals
+from pipelines.philox import uniforms
+from pipelines.recipe import Draw, Integers, Mix, Permutation, RandomErasing, Uniform
+from pipelines.source import Source, below, between
+
+_ERASE_ATTEMPTS = 10
+_GAMMA_ATTEMPTS = 8  # each is accepted with a probability of 0.95 or more
+_MIX_BLOCKS = 2 + _GAMMA_ATTEMPTS
+
+Columns = dict[str, NDArray[Any]]
+
+
+def erase(declared: RandomErasing, size: int, source: Source) -> Columns:
+    """The columns of RandomErasing, for a view with sides of `size` pixels."""
+    least, most = declared.count
+    per_box = 1 + _ERASE_ATTEMPTS  # a colour, then attempts at a place
+    drawn = source.words(Kind.ERASE, 0, blocks=1 + most * per_box)
+    head, boxes = drawn[:, :4], drawn[:, 4:].reshape(-1, most, per_box, 4)
+    apply = uniforms(head[:, 0]) < declared.probability
+    counts = np.where(apply, least + below(head[:, 1], most - least + 1), 0)
+    box = np.zeros((len(drawn), most, 4), np.int32)
+    _erase_boxes(
+        boxes,
+        counts,
+        size,
+        float(declared.area[0]),
+        float(declared.area[1]),
+        math.log(declared.ratio[0]),
+        math.log(declared.ratio[1]),
+        box,
+    )
+    match declared.fill:
+        case "const":
+            return {"box": box}
+        case "rand":
+            return {"box": box, "color": normals(boxes[:, :, 0, :3] & 0xFFFF)}
+        case "pixel":
+            key = head[:, 2].astype(np.uint64) | (head[:, 3].astype(np.uint64) << np.uint64(32))
+            return {"box": box, "key": key}
+        case _:
+            assert_never(declared.fill)
+
+
+@numba.njit(cache=True, nogil=True)
+def _erase_boxes(
+    random_words: NDArray[np.uint32],
+    counts: NDArray[np.int64],
+    size: int,
+    area_low: float,
+    area_high: float,
+    log_low: float,
+    log_high: float,
+    out: NDArray[np.int32],
+) -> None:
+    unit = 2.0**-32
+    for row in range(random_words.shape[0]):
+        for index in range(counts[row]):
+            for attempt in range(1, random_words.shape[2]):
+                draws = random_words[row, index, attempt]
+                area = area_low + draws[0] * unit * (area_high - area_low)
+                area *= size * size / counts[row]
+                ratio = math.exp(log_low + draws[1] * unit * (log_high - log_low))
+                height = np.int64(np.rint(math.sqrt(area * ratio)))
+                width = np.int64(np.rint(math.sqrt(area / ratio)))
+                if 0 < height < size and 0 < width < size:
+                    out[row, index, 0] = (np.int64(draws[2]) * (size - height + 1)) >> 32
+                    out[row, index, 1] = (np.int64(draws[3]) * (size - width + 1)) >> 32
+                    out[row, index, 2] = height
+                    out[row, index, 3] = width
+                    break
+
+
+def mix(declared: Mix, size: int, source: Source) -> Columns:
+    """The columns of Mix, for a view with sides of `size` pixels; the batch holds whole groups."""
+    samples, group = len(source.ids), source.group
+    place = np.arange(samples) - np.searchsorted(source.groups, source.groups)
+    partner = group - 1 - 2 * place
+    match declared.scope:
+        case "group":
+            drawn = source.words(Kind.MIX, 0, blocks=_MIX_BLOCKS, scope="group")
+        case "pair":
+            pairs = source.group_words(Kind.MIX, 0, blocks=group // 2 * _MIX_BLOCKS)
+            pairs = pairs.reshape(-1, group // 2, 4 * _MIX_BLOCKS)
+            drawn = pairs[source.group_rows, np.minimum(place, group - 1 - place)]
+        case "sample":
+            drawn = source.words(Kind.MIX, 0, blocks=_MIX_BLOCKS)
+        case _:
+            assert_never(declared.scope)
+    gate, switch = uniforms(drawn[:, :2]).T
+    if declared.mixup_alpha > 0 and declared.cutmix_alpha > 0:
+        cut = switch < declared.switch_probability
+    else:
+        cut = np.full(samples, declared.cutmix_alpha > 0)
+    weight = _symmetric_beta(np.where(cut, declared.cutmix_alpha, declared.mixup_alpha), drawn)
+    weight = np.where(gate < declared.probability, weight, 1.0)
+    box = _cut_boxes(weight, drawn[:, 2:4], size)
+    box[~cut] = 0
+    outside = 1.0 - box[:, 2].astype(np.float64) * box[:, 3] / (size * size)
+    return {
+        "partner": partner.astype(np.int32),
+        "weight": np.where(cut, outside, weight).astype(np.float32),
+        "box": box,
+    }
+
+
+def _symmetric_beta(alpha: NDArray[np.float64], drawn: NDArray[np.uint32]) -> NDArray[np.float64]:
+    """Beta(alpha, alpha), as one of two equally distributed gammas' share of their sum."""
+    boosts = uniforms(drawn[:, 4:6])
+    attempts = drawn[:, 8:].reshape(len(drawn), _GAMMA_ATTEMPTS, 2, 2)
+    first = _gamma(alpha, boosts[:, 0], attempts[:, :, 0])
+    second = _gamma(alpha, boosts[:, 1], attempts[:, :, 1])
+    return first / (first + second)
+
+
+def _gamma(
+    alpha: NDArray[np.float64], boost: NDArray[np.float64], attempts: NDArray[np.uint32]
+) -> NDArray[np.float64]:
+    """Gamma(alpha), after Marsaglia and Tsang (2000): Gamma(alpha + 1) times U^(1 / alpha).
+
+    attempts: uint32 [n, attempts, 2]. The last one is taken should all be refused.
+    """
+    d = alpha[:, None] + 1 - 1 / 3
+    x = normals(attempts[:, :, 0] & 0xFFFF).astype(np.float64)
+    v = np.maximum(1 + x / np.sqrt(9 * d), 1e-9) ** 3
+    uniform = 1.0 - uniforms(attempts[:, :, 1])  # in (0, 1]
+    accepted = np.log(uniform) < 0.5 * x * x + d - d * v + d * np.log(v)
+    accepted[:, -1] = True
+    chosen = accepted.argmax(axis=1)
+    return (d[:, 0] * v[np.arange(len(v)), chosen]) * (1.0 - boost) ** (1 / alpha)
+
+
+def _cut_boxes(
+    weight: NDArray[np.float64], centers: NDArray[np.uint32], size: int
+) -> NDArray[np.int32]:
+    """int32 [B, 4]: timm's `rand_bbox`, a square of (1 - weight) of the area, clipped."""
+    side = (size * np.sqrt(1.0 - weight)).astype(np.int64)[:, None]
+    center = below(centers, size)
+    start = np.clip(center - side // 2, 0, size)
+    end = np.clip(center + (side + 1) // 2, 0, size)
+    return np.concatenate([start, end - start], axis=1).astype(np.int32)
+
+
+def declared_draw(declared: Draw, ordinal: int, source: Source) -> NDArray[Any]:
+    """The values of the method's `ordinal`-th Draw: [B, *shape] or, permuted, one axis more."""
+    distribution = declared.distribution
+    shape = declared.shape
+    if isinstance(distribution, Permutation):
+        shape = (*shape, distribution.length)
+    count = math.prod(shape)
+    drawn = source.words(Kind.DECLARED, ordinal, blocks=-(-count // 4), scope=declared.scope)
+    drawn = drawn[:, :count].reshape(-1, *shape)
+    match distribution:
+        case Uniform():
+            return between(distribution.low, distribution.high, uniforms(drawn))
+        case Integers():
+            return below(drawn, distribution.limit)
+        case Permutation():
+            return drawn.argsort(axis=-1, kind="stable")
+        case _:
+            assert_never(distribution)
