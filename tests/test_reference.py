@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from torchvision import transforms
 from torchvision.transforms import functional as F
 
 from pipelines import engines, recipes
@@ -32,7 +34,12 @@ from pipelines.recipe import (
     GaussianBlur,
     Grayscale,
     Interpolation,
+    Mix,
+    OneOf,
     Op,
+    RandAugment,
+    RandomCrop,
+    RandomErasing,
     RandomResizedCrop,
     Resize,
     Solarize,
@@ -151,6 +158,26 @@ def test_center_crop_pads_a_smaller_picture_with_black() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("shape", [(44, 61), (20, 61), (19, 17)])
+@pytest.mark.parametrize(("size", "padding"), [(32, 0), (32, 4), (20, 0), (24, 9)])
+def test_random_crop_is_torchvisions(
+    shape: tuple[int, int], size: int, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever place its generator gives, first, last or between."""
+    pixels = photo_like(*shape)
+    theirs = transforms.RandomCrop(size, padding or None, pad_if_needed=True)
+    borders = [padding + max(size - (side + 2 * padding), 0) for side in shape]
+    lasts = [side + 2 * border - size for side, border in zip(shape, borders, strict=True)]
+    for share in (0.0, 0.4, 1.0):
+        top, left = round(share * lasts[0]), round((1 - share) * lasts[1])
+        monkeypatch.setattr(
+            theirs, "get_params", lambda *_, place=(top, left): (*place, size, size)
+        )
+        expected: Any = theirs(Image.fromarray(pixels))  # pyright: ignore[reportArgumentType]
+        found = run_op(pixels, RandomCrop(size), start=(top - borders[0], left - borders[1]))
+        np.testing.assert_array_equal(found, np.asarray(expected))
+
+
 def test_flip_and_gates(pixels: NDArray[np.uint8]) -> None:
     np.testing.assert_array_equal(run_op(pixels, Flip(), apply=True), pixels[:, ::-1])
     jitter = ColorJitter(0.4, 0.4, 0.4, 0.1)
@@ -178,7 +205,7 @@ def jittered(
 ) -> NDArray[np.int64]:
     """By the factors in the order of `only`; an op that is not in it has strength 0."""
     strengths = [0.4 if index in only else 0.0 for index in range(4)]
-    op = ColorJitter(*strengths)
+    op = ColorJitter(strengths[0], strengths[1], strengths[2], strengths[3])
     order = (*only, *(index for index in range(4) if index not in only))
     return run_op(pixels, op, apply=True, factors=np.array(factors, np.float32), order=order)
 
@@ -194,6 +221,25 @@ def test_brightness_contrast_saturation_are_blends(
     assert_near(jittered(pixels, factors, 0), clipped(factor * values))
     assert_near(jittered(pixels, factors, 1), clipped(factor * values + (1 - factor) * mean))
     assert_near(jittered(pixels, factors, 2), clipped(factor * values + (1 - factor) * gray))
+
+
+@pytest.mark.parametrize("shift", [-0.8, -0.1236, 0.0, 0.1234, 0.1236, 0.8])
+def test_additive_brightness_is_a_clamped_sum(pixels: NDArray[np.uint8], shift: float) -> None:
+    """Against the sum of [0, 1] pixels, and before a contrast as after it."""
+    factors = np.array([shift, 1.4, 1, 0], np.float32)
+
+    def shifted(pixels: NDArray[Any], contrast: float, *order: int) -> NDArray[np.int64]:
+        op = ColorJitter(0.8, contrast, 0, 0, additive_brightness=True)
+        return run_op(pixels.astype(np.uint8), op, apply=True, factors=factors, order=order)
+
+    alone = shifted(pixels, 0, 0, 1, 2, 3)
+    assert_near(alone, 255 * np.clip(pixels / 255 + float(factors[0]), 0, 1), 0.5)
+    contrasted = jittered(alone.astype(np.uint8), (1, 1.4, 1, 0), 1)
+    np.testing.assert_array_equal(shifted(pixels, 0.4, 0, 1, 2, 3), contrasted)
+    contrasted = jittered(pixels, (1, 1.4, 1, 0), 1)
+    np.testing.assert_array_equal(
+        shifted(pixels, 0.4, 1, 0, 2, 3), shifted(contrasted, 0, 0, 1, 2, 3)
+    )
 
 
 def hue_turned(pixels: NDArray[np.uint8], shift: float) -> NDArray[np.float64]:
@@ -331,6 +377,26 @@ MIXED = Augmentation(
     ),
 )
 
+AUGMENTED = Augmentation(
+    "augmented",
+    (
+        View(
+            "view",
+            (
+                Resize(26),
+                RandomCrop(24, padding_pixels=4),
+                Flip(),
+                RandAugment(probability=1.0, interpolation="random"),
+                OneOf((Grayscale(1.0), Solarize(1.0), GaussianBlur(1.0))),
+                ColorJitter(0.8, 0.4, 0.4, 0.1, additive_brightness=True),
+            ),
+            erase=RandomErasing(0.5, fill="rand", count=(1, 3)),
+        ),
+    ),
+    group=2,
+    mix=Mix(),
+)
+
 
 @pytest.fixture
 def opened() -> Iterator[Callable[..., Engine]]:
@@ -360,12 +426,36 @@ def test_engine_gives_what_the_ops_give_one_by_one(
         assert found.is_contiguous(memory_format=torch.channels_last)
         for row, file in enumerate(files):
             picture = decode(file)
-            for op, draws in zip(view.ops, planned.ops, strict=True):
+            for op, draws in zip(view.executed, planned.ops, strict=True):
                 picture = apply_op(picture, op, draws, row)
             np.testing.assert_array_equal(found[row].permute(1, 2, 0).numpy(), picture)
     assert batch.labels.tolist() == [0, 10, 20, 30, 40, 50, 60]
     assert batch.ids.tolist() == list(range(7))
     assert batch.masks == (None,) * 4
+
+
+def test_every_declared_op_is_executed_and_the_rest_handed_on(
+    opened: Callable[..., Engine], files: list[NDArray[np.uint8]]
+) -> None:
+    """Erasing and mixing are `device_stage`'s; the views stay as the ops left them."""
+    work = work_for(AUGMENTED, files, samples=6)
+    (batch,) = opened("reference", AUGMENTED).run(iter([work]))
+    (view,), (planned,) = AUGMENTED.flat_views, work.plan.views
+    assert len(view.executed) == len(view.ops) + 2
+    for row, file in enumerate(files[:6]):
+        picture = decode(file)
+        for op, draws in zip(view.executed, planned.ops, strict=True):
+            picture = apply_op(picture, op, draws, row)
+        np.testing.assert_array_equal(batch.views[0][row].permute(1, 2, 0).numpy(), picture)
+    (erased,), mixed = batch.erased, batch.mixed
+    assert erased is not None
+    assert erased.colors is not None
+    assert mixed is not None
+    np.testing.assert_array_equal(erased.boxes.numpy(), planned.erase["box"])
+    np.testing.assert_array_equal(erased.colors.numpy(), planned.erase["color"])
+    assert mixed.partners.tolist() == [1, 0, 3, 2, 5, 4]
+    assert mixed.labels.tolist() == [10, 0, 30, 20, 50, 40]
+    np.testing.assert_array_equal(mixed.weights.numpy(), work.plan.mix["weight"])
 
 
 def test_masks_come_from_the_plan(

@@ -1,14 +1,15 @@
 """The reference engine: Pillow and torchvision say what every op of a recipe means.
 
-Each op is torchvision's own function on a Pillow picture (the blur alone is written out), rounded
-to 8 bits after each step, with the Plan's numbers instead of a generator. Other engines are held to
-this one. It is meant to be obviously right and only then quick: a small pool of threads, each
-taking a few samples at a time, because Pillow releases the GIL in the larger pictures' loops.
+Each op is torchvision's own function on a Pillow picture (the blur alone is written out), or
+Pillow's as timm calls it (`reference_augment`), rounded to 8 bits after each step, with the Plan's
+numbers instead of a generator. Other engines are held to this one. It is meant to be obviously
+right and only then quick: a small pool of threads, each taking a few samples at a time, because
+Pillow releases the GIL in the larger pictures' loops.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -21,7 +22,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, functional
 
 from pipelines.batch import Batch
-from pipelines.engines import SampleError, Work
+from pipelines.engines import Approximation, SampleError, Work
+from pipelines.engines.reference_augment import rand_augment
 from pipelines.recipe import (
     Augmentation,
     CenterCrop,
@@ -31,6 +33,8 @@ from pipelines.recipe import (
     Grayscale,
     Interpolation,
     Op,
+    RandAugment,
+    RandomCrop,
     RandomResizedCrop,
     Resize,
     Solarize,
@@ -95,13 +99,23 @@ def gaussian_blur(picture: Image.Image, sigma: float, side: int) -> Image.Image:
     return Image.fromarray(np.rint(pixels).astype(np.uint8))
 
 
+def shift_brightness(picture: Image.Image, shift: float) -> Image.Image:
+    """`shift`, a part of the full range, added to every channel: clamp(pixel + round(255 * shift)).
+
+    Rounded half to even.
+    """
+    levels = round(255 * shift)
+    return picture.point([min(max(level + levels, 0), 255) for level in range(256)] * 3)
+
+
 def _jitter(
     picture: Image.Image, op: ColorJitter, factors: NDArray[np.float32], order: NDArray[np.int8]
 ) -> Image.Image:
     brightness, contrast, saturation, hue = (float(factor) for factor in factors)
     for index in order:
         if index == 0 and op.brightness > 0:
-            picture = F.adjust_brightness(picture, brightness)
+            change = shift_brightness if op.additive_brightness else F.adjust_brightness
+            picture = change(picture, brightness)
         elif index == 1 and op.contrast > 0:
             picture = F.adjust_contrast(picture, contrast)
         elif index == 2 and op.saturation > 0:
@@ -128,6 +142,9 @@ def apply_op(
             return F.resize(picture, list(shape), _INTERPOLATION[op.interpolation])
         case CenterCrop():
             return F.center_crop(picture, [op.size, op.size])
+        case RandomCrop():
+            top, left = (int(value) for value in draws["start"][row])
+            return F.crop(picture, top, left, op.size, op.size)  # black outside of the picture
         case Flip():
             return F.hflip(picture) if draws["apply"][row] else picture
         case ColorJitter():
@@ -144,6 +161,8 @@ def apply_op(
             return gaussian_blur(picture, sigma, side)
         case Solarize():
             return F.solarize(picture, op.threshold) if draws["apply"][row] else picture
+        case RandAugment():
+            return rand_augment(picture, op, draws, row)
         case _:
             assert_never(op)
 
@@ -212,7 +231,7 @@ class ReferenceEngine:
             source = self._decode(work, row)
             for view, planned, target in zip(self._views, work.plan.views, views, strict=True):
                 picture = source
-                for op, draws in zip(view.ops, planned.ops, strict=True):
+                for op, draws in zip(view.executed, planned.ops, strict=True):
                     picture = apply_op(picture, op, draws, row)
                 target[row] = np.asarray(picture)
 
@@ -241,9 +260,18 @@ class ReferenceEngine:
         )
 
 
-def unsupported(augmentation: Augmentation, device: torch.device) -> list[str]:  # noqa: ARG001
+def unsupported(
+    augmentation: Augmentation,  # noqa: ARG001  same signature as the other engines'
+    device: torch.device,  # noqa: ARG001
+    approximate: Collection[Approximation],  # noqa: ARG001
+) -> list[str]:
     """Nothing: this engine defines the ops. The loader moves its batches to any device."""
     return []
+
+
+def finishes(augmentation: Augmentation, device: torch.device, dtype: torch.dtype) -> bool:  # noqa: ARG001
+    """No: `device_stage` defines what finished is."""
+    return False
 
 
 def open_engine(
@@ -251,6 +279,8 @@ def open_engine(
     *,
     device: torch.device,  # noqa: ARG001  same signature as the other engines'
     threads: int,
+    finished: torch.dtype | None = None,  # noqa: ARG001  never asked for: see `finishes`
+    approximate: Collection[Approximation] = (),  # noqa: ARG001  it makes none
 ) -> ReferenceEngine:
     """A reference engine with `threads` threads of its own."""
     return ReferenceEngine(augmentation, threads)

@@ -2,7 +2,8 @@
 
 He et al. 2015 (arXiv 1512.03385) for ResNets, Dosovitskiy et al. 2020 (arXiv 2010.11929) for ViTs;
 code: PyTorch's examples `imagenet/main.py`. The yardstick for everything that learns without
-labels. Samples without a label (-1) take no part in the loss, whichever rank holds them.
+labels. Samples without a label (-1) take no part in the loss, whichever rank holds them. Where the
+recipe mixes samples the targets are mixed with the same weights, as timm has it.
 """
 
 from collections.abc import Mapping
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines import recipes
-from pipelines.batch import Batch
+from pipelines.batch import Batch, Mixed
 from training.blocks.drop_path import key_drop_paths, set_keys
 from training.blocks.gather import mean_over_ranks
 from training.blocks.heads import feature_dim
+from training.blocks.targets import has_label, soft_targets
 from training.config import ConfigError, Optim, Recipe
 from training.method import Facts, MakeEncoder, Method, Progress
 
@@ -34,22 +36,45 @@ class Objective:
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, *, smoothing: float = 0.0, labelled: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    mixed: Mixed | None = None,
+    *,
+    smoothing: float = 0.0,
+    labelled: Tensor | None = None,
 ) -> Tensor:
-    """Sum of -log softmax(logits)[label] over the samples with a label >= 0, over `labelled`.
+    """Sum of -log softmax(logits)[label] over the samples that have a label, over `labelled`.
 
     logits: [B, C]; labels: int64 [B]; `labelled` (scalar) is the number of such samples, by default
     those here. Across ranks it is their mean number per rank, so that the mean over ranks is the
     global mean. 0 where there is no label at all. With smoothing s the target is
-    (1 - s) * onehot + s / C.
+    (1 - s) * onehot + s / C; that of mixed samples is `targets.soft_targets`'.
     """
-    total = F.cross_entropy(
-        logits.float(), labels, ignore_index=-1, reduction="sum", label_smoothing=smoothing
-    )
+    logits = logits.float()
+    if mixed is None:
+        total = F.cross_entropy(
+            logits, labels, ignore_index=-1, reduction="sum", label_smoothing=smoothing
+        )
+    else:
+        targets = soft_targets(labels, mixed, logits.shape[1], smoothing)
+        total = F.cross_entropy(logits, targets, reduction="sum")
     if labelled is None:
-        labelled = (labels >= 0).sum()
+        labelled = has_label(labels, mixed).sum()
     # Fewer than one on average per rank is possible, none at all has a sum of 0.
     return total / torch.where(labelled > 0, labelled, 1)
+
+
+def agreement(logits: Tensor, labels: Tensor, mixed: Mixed | None = None) -> Tensor:
+    """Sum over the samples that have a label of the share that the predicted class has in them.
+
+    The number of hits; of a mixed sample the weight of the label that was predicted (Zhang et al.
+    2017; mixup-cifar10 `train.py`). Smoothing takes no part.
+    """
+    predicted = logits.argmax(dim=1)
+    shares = (predicted == labels).float()
+    if mixed is not None:
+        shares = torch.lerp((predicted == mixed.labels).float(), shares, mixed.weights)
+    return (shares * has_label(labels, mixed)).sum()
 
 
 class Supervised(Method):
@@ -75,12 +100,12 @@ class Supervised(Method):
         batch: Batch,
         progress: Progress,  # noqa: ARG002
     ) -> dict[str, Tensor]:
-        logits, labels = embeddings["logits"], batch.labels
-        labelled = mean_over_ranks((labels >= 0).sum().float())
+        logits, labels, mixed = embeddings["logits"], batch.labels, batch.mixed
+        labelled = mean_over_ranks(has_label(labels, mixed).sum().float())
         loss = cross_entropy(
-            logits, labels, smoothing=self.options.label_smoothing, labelled=labelled
+            logits, labels, mixed, smoothing=self.options.label_smoothing, labelled=labelled
         )
-        hits = (logits.argmax(dim=1) == labels).sum()
+        hits = agreement(logits, labels, mixed)
         return {"loss": loss, "train_top1": hits / torch.where(labelled > 0, labelled, 1)}
 
     def param_groups(self) -> list[dict[str, object]]:
@@ -144,6 +169,23 @@ PRESETS = {
         notes="A plain loop: AdamW over all parameters at a learning rate that does not depend on "
         "the batch, no warm-up, a tenth of the training set held out for top-1 and top-5.",
     ),
+    "deit_s16_imagenet": Recipe(
+        backbone="vit_small_patch16_224",
+        augmentation=recipes.deit(),
+        test=recipes.center(),
+        optim=Optim(
+            name="adamw",
+            learning_rate=2.5e-4,
+            final_learning_rate=2.5e-6,
+            warmup_epochs=5,
+            weight_decay=0.05,
+        ),
+        batch_size=1024,
+        epochs=300,
+        objective=Objective(label_smoothing=0.1, drop_path=0.1),
+        notes="DeiT-S without distillation: top-1 79.8 (Touvron et al. 2021, table 5), there with "
+        "--data.repeated-augmentation 3.",
+    ),
     "cifar": Recipe(
         backbone="resnet10t",
         augmentation=recipes.supervised(32, scale=(0.25, 1.0)),
@@ -154,5 +196,16 @@ PRESETS = {
         objective=Objective(),
         holdout=0.1,
         notes="Not from a paper: sized for two CPU cores.",
+    ),
+    "deit_cifar": Recipe(
+        backbone="resnet10t",
+        augmentation=recipes.deit(32, group=32),
+        test=recipes.center(32, 32),
+        optim=Optim(name="adamw", learning_rate=1e-3, warmup_epochs=1, weight_decay=0.05),
+        batch_size=256,
+        epochs=20,
+        objective=Objective(label_smoothing=0.1),
+        holdout=0.1,
+        notes="Not from a paper: DeiT's augmentation on pictures of 32 pixels.",
     ),
 }
