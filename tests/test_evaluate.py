@@ -17,12 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipelines.recipes import center, dino, mae, simclr, supervised
+from pipelines.declaration import augmentation_from
+from pipelines.recipes import center, dino
 from shards.store import Store, open_store
 from training.backbones import EncoderFactory, export, read_initial
 from training.config import Config, ConfigError, Data, Run, find_method, method_names
 from training.evaluation.features import FeaturePass, extract
-from training.evaluation.record import augmentation_from, read_record, untrained_encoder
+from training.evaluation.record import read_record, untrained_encoder
 from training.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,16 +207,6 @@ def test_a_method_gets_batches_and_its_own_mode_between_them(data: Path) -> None
 
 
 # ----------------------------------------------------------------------------------------- record
-
-
-@pytest.mark.parametrize(
-    "augmentation",
-    [dino(), simclr(96), mae(64), supervised(32), center(32, 40)],
-    ids=lambda a: a.name,
-)
-def test_a_declared_augmentation_is_read_back(augmentation: Any) -> None:
-    declared = json.loads(json.dumps(augmentation.declaration()))
-    assert augmentation_from(declared) == replace(augmentation, deviations=())
 
 
 @pytest.mark.parametrize("method", method_names())
@@ -404,7 +395,9 @@ def colours_of(path: Path) -> tuple[tuple[int, int], int]:
 
 @pytest.fixture(scope="module")
 def show_batch() -> dict[str, Any]:
-    return runpy.run_path(str(ROOT / "tools/show_batch.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tools"))
+        return runpy.run_path(str(ROOT / "tools/show_batch.py"))
 
 
 @pytest.mark.slow
@@ -420,79 +413,6 @@ def test_show_batch_from_another_directory(run: Path, tmp_path: Path) -> None:
     assert 3 * 128 + 2 * 64 < width < 1.5 * (3 * 128 + 2 * 64)
     assert 3 * 128 < height < 2 * 3 * 128
     assert colours > 1000
-
-
-@pytest.mark.parametrize("method", method_names())
-def test_show_batch_of_every_method(
-    show_batch: dict[str, Any], data: Path, tmp_path: Path, method: str
-) -> None:
-    out = tmp_path / "sheet.png"
-    arguments = ["--recipe", method, "--data", str(data), "--out", str(out), "--samples", "2"]
-    assert show_batch["main"](arguments) == 0
-    assert colours_of(out)[1] > 1000
-
-
-def test_contact_sheet_holds_the_pictures_as_they_are(show_batch: dict[str, Any]) -> None:
-    """Every pixel of a view is found again, enlarged; blocks do not overlap."""
-    recipe = dino(32, 16, 4)
-    groups = show_batch["_groups"](recipe)
-    generator = np.random.default_rng(0)
-    views = [
-        Image.fromarray(generator.integers(256, size=(v.size, v.size, 3), dtype=np.uint8))
-        for v in recipe.flat_views
-    ]
-    original = Image.new("RGB", (48, 30), (10, 200, 30))
-    cell = show_batch["Cell"](original, "a name", "7: a/file.png", tuple(views))
-    sheet = np.asarray(show_batch["contact_sheet"]([cell, cell], groups, "title"))
-    scale = groups[0].side // 32
-    assert scale == 4
-    for view in views:
-        enlarged = np.asarray(view).repeat(scale, 0).repeat(scale, 1)
-        side = len(enlarged)
-        corners = np.argwhere(
-            (sheet[: 1 - side, : 1 - side] == enlarged[0, 0]).all(-1)
-            & (sheet[side - 1 :, side - 1 :] == enlarged[-1, -1]).all(-1)
-        )
-        matches = [1 for y, x in corners if (sheet[y : y + side, x : x + side] == enlarged).all()]
-        assert len(matches) == 2  # once in each row
-
-
-def test_masks_are_greyed(show_batch: dict[str, Any]) -> None:
-    recipe = mae(8, patch_pixels=4, ratio=0.5)
-    mask = torch.tensor([True, False, False, True])
-    picture = np.full((8, 8, 3), 255, np.uint8)
-    greyed = show_batch["greyed"](picture, mask, recipe.views[0].mask)
-    assert (greyed[:4, 4:] == 255).all()
-    assert (greyed[4:, :4] == 255).all()
-    assert (greyed[:4, :4] == greyed[0, 0]).all()
-    assert 128 < greyed[0, 0, 0] < 192
-    assert (greyed[4:, 4:] == greyed[0, 0]).all()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--method", "dinos"], "did you mean dino?"),
-        (["--method", "dino", "--preset", "none"], "--preset none is unknown"),
-        (["--method", "dino", "--engine", "none"], "the none engine cannot run this"),
-        (["--method", "dino", "--samples", "61"], "--samples is 61"),
-        (["--run", "none"], "there is no run"),
-    ],
-)
-def test_show_batch_says_what_is_wrong(
-    show_batch: dict[str, Any],
-    data: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    sentence: str,
-) -> None:
-    out = tmp_path / "sheet.png"
-    assert show_batch["main"]([*arguments, "--data", str(data), "--out", str(out)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert sentence in said
-    assert not out.exists()
 
 
 @pytest.mark.slow

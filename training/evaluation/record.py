@@ -9,30 +9,30 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
-from pipelines.recipe import Augmentation, Mask, Op, RandomMask, RecipeError, View
+from pipelines.declaration import augmentation_from
+from pipelines.engines import Approximation
+from pipelines.recipe import Augmentation, RecipeError
 from shards.store import Store
 from training.backbones import EncoderFactory, read_initial
 from training.checkpoint import CHECKPOINT_FILE
-from training.config import ConfigError, find_method
+from training.config import ConfigError, approximations, find_method
 from training.method import Facts
 
 CONFIG_FILE = "config.json"
-
-_OPS: dict[str, type[Op]] = {kind.__name__: kind for kind in get_args(Op)}
-_MASKS: dict[str, type[Mask]] = {RandomMask.__name__: RandomMask}
 
 
 @dataclass(frozen=True)
 class Record:
     """What is done with a run later on needs these.
 
-    train, val: as the run was given them. engine: the one that fed it. step: of the exported
-    encoder, None if no checkpoint says so. total_steps: of the whole run.
+    train, val: as the run was given them. engine: the one that fed it. approximate: what that one
+    might do differently. step: of the exported encoder, None if no checkpoint says so. total_steps:
+    of the whole run.
     """
 
     directory: Path
@@ -45,6 +45,7 @@ class Record:
     train: Path | None
     val: Path | None
     engine: str
+    approximate: tuple[Approximation, ...]
     init: Path | None
     batch_size: int
     step: int | None
@@ -77,6 +78,7 @@ def read_record(run: Path) -> Record:
             train=_path(config["data"]["train"]),
             val=_path(config["data"]["val"]),
             engine=recorded["fingerprint"]["stream"]["engine"]["name"],
+            approximate=approximations(config["data"].get("approximate", ())),
             init=_path(config["init"]),
             batch_size=config["data"]["batch_size"],
             step=_saved_step(run / CHECKPOINT_FILE),
@@ -89,30 +91,6 @@ def read_record(run: Path) -> Record:
             f"{path} is not as this version writes it ({type(error).__name__}: {error}); read it "
             f"with the version that it names"
         ) from error
-
-
-def augmentation_from(declaration: Mapping[str, Any]) -> Augmentation:
-    """The inverse of `Augmentation.declaration`, but for the deviations' prose.
-
-    Raises KeyError, TypeError or RecipeError for what no declaration of this version says.
-    """
-    fields = _tuples(declaration)
-    views = tuple(
-        View(
-            **{
-                **view,
-                "ops": tuple(_made(_OPS, op) for op in view["ops"]),
-                "mask": None if view["mask"] is None else _made(_MASKS, view["mask"]),
-            }
-        )
-        for view in fields["views"]
-    )
-    return Augmentation(**{**fields, "views": views})
-
-
-def _made(kinds: Mapping[str, type], declared: Mapping[str, Any]) -> Any:
-    fields = dict(declared)
-    return kinds[fields.pop("op")](**fields)
 
 
 def untrained_encoder(record: Record, train: Store) -> nn.Module:
@@ -145,15 +123,11 @@ def _saved_step(checkpoint: Path) -> int | None:
         return None
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     """JSON's lists as the tuples that they were."""
-    match value:
-        case dict():
-            return {key: _tuples(item) for key, item in value.items()}
-        case list():
-            return tuple(_tuples(item) for item in value)
-        case _:
-            return value
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
 
 
 def _path(text: str | None) -> Path | None:
