@@ -37,7 +37,9 @@ def one_by_one(
     for index in order:
         factor = float(factors[index])
         gray = (pixels @ LUMA)[:, None]
-        if index == 0 and op.brightness > 0:
+        if index == 0 and op.brightness > 0 and op.additive_brightness:
+            pixels = clamp(pixels + np.rint(255 * factor))
+        elif index == 0 and op.brightness > 0:
             pixels = clamp(pixels * factor)
         elif index == 1 and op.contrast > 0:
             pixels = clamp(pixels * factor + (1 - factor) * gray.mean())
@@ -62,6 +64,8 @@ def by_slots(
             made = made + columns[f"{slot}.mean"][row] * gray.mean()
         if f"{slot}.gray" in columns:
             made = made + columns[f"{slot}.gray"][row] * gray
+        if f"{slot}.shift" in columns:
+            made = made + columns[f"{slot}.shift"][row]
         pixels = clamp(made)
     if after == 0 and op.hue > 0:
         pixels = turned(pixels, float(columns["hue.shift"][row]))
@@ -72,7 +76,14 @@ strengths = st.sampled_from([0.0, 0.4, 0.8])
 
 
 @given(
-    op=st.builds(ColorJitter, strengths, strengths, strengths, st.sampled_from([0.0, 0.2, 0.5])),
+    op=st.builds(
+        ColorJitter,
+        strengths,
+        strengths,
+        strengths,
+        st.sampled_from([0.0, 0.2, 0.5]),
+        additive_brightness=st.booleans(),
+    ),
     orders=st.lists(st.permutations(range(4)), min_size=1, max_size=6),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -116,6 +127,19 @@ def test_jitter_that_is_not_drawn_has_neutral_numbers() -> None:
     assert [columns[f"{slot}.scale"][1] for slot in range(6)] == pytest.approx(
         [0.3, 1, 1, 0.3, 0.3, 1]
     )
+
+
+def test_added_brightness_is_a_whole_number_of_levels() -> None:
+    op = ColorJitter(0.4, 0, 0, 0, additive_brightness=True)
+    draws = {
+        "apply": np.array([False, True, True]),
+        "factors": np.array([[0.3, 1, 1, 0], [0.1, 1, 1, 0], [-0.399, 1, 1, 0]], np.float32),
+        "order": np.array([[0, 1, 2, 3]] * 3, np.int8),
+    }
+    columns = op_columns(op, draws, NO_SIZES, 32)
+    assert columns["0.shift"].tolist() == [0, 26, -102]  # of 25.5 and -101.7; halves to even
+    assert columns["0.scale"].tolist() == [1, 1, 1]
+    assert set(columns) == {"0.shift", "0.scale"}
 
 
 @given(shift=st.floats(-0.5, 0.5, width=32))

@@ -32,7 +32,7 @@ from training.world import World, from_main
 
 CHECKPOINT_FILE = "checkpoint.pt"
 METRICS_FILE = "metrics.jsonl"
-FORMAT = 1
+FORMAT = 2
 _DIFFERENCES_SHOWN = 5
 _IDS_SHOWN = 64
 

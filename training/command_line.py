@@ -18,7 +18,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
-from pipelines.recipe import Augmentation, Op, RecipeError, View
+from pipelines.recipe import (
+    Augmentation,
+    Mix,
+    OneOf,
+    RandomErasing,
+    RecipeError,
+    View,
+    ViewOp,
+)
 from training.config import (
     SMALL_PIXELS,
     Config,
@@ -27,6 +35,7 @@ from training.config import (
     Optim,
     Recipe,
     Run,
+    approximations,
     check,
     find_method,
     find_preset,
@@ -116,7 +125,12 @@ def _command_line_class(recipe: Recipe) -> type:
         (view.name, declared := _view_class(view), _default(declared()))
         for view in recipe.augmentation.views
     ]
-    augmentation = make_dataclass("Augmentation", views, frozen=True, namespace=_doc("Views."))
+    whole: list[Any] = [("group", int, recipe.augmentation.group)]
+    if recipe.augmentation.mix is not None:
+        whole.append(("mix", Mix, _default(recipe.augmentation.mix)))
+    augmentation = make_dataclass(
+        "Augmentation", [*whole, *views], frozen=True, namespace=_doc("Views.")
+    )
     fields: list[Any] = [
         ("method", str),
         ("preset", str, "auto"),
@@ -143,13 +157,20 @@ def _view_class(view: View) -> type:
     fields += [(name, type(op), _default(op)) for name, op in _named_ops(view)]
     if view.mask is not None:
         fields.append(("mask", type(view.mask), _default(view.mask)))
+    if view.erase is not None:
+        fields.append(("erase", RandomErasing, _default(view.erase)))
     return make_dataclass("View", fields, frozen=True, namespace=_doc("One view."))
 
 
-def _named_ops(view: View) -> list[tuple[str, Op]]:
-    """Ops under snake-case names of their classes; a second of a kind gets the suffix _2."""
-    named: dict[str, Op] = {}
+def _named_ops(view: View) -> list[tuple[str, ViewOp]]:
+    """Ops under snake-case names of their classes; a second of a kind gets the suffix _2.
+
+    Not OneOf, which says which ops there are and has no numbers.
+    """
+    named: dict[str, ViewOp] = {}
     for op in view.ops:
+        if isinstance(op, OneOf):
+            continue
         base = re.sub(r"(?<!^)(?=[A-Z])", "_", type(op).__name__).lower()
         same = sum(name == base or name.startswith(base + "_") for name in named)
         named[base if same == 0 else f"{base}_{same + 1}"] = op
@@ -161,10 +182,13 @@ def _augmented(augmentation: Augmentation, given: Any) -> Augmentation:
     views = []
     for view in augmentation.views:
         values = getattr(given, view.name)
-        ops = tuple(getattr(values, name) for name, _ in _named_ops(view))
+        options = iter([getattr(values, name) for name, _ in _named_ops(view)])
+        ops = tuple(op if isinstance(op, OneOf) else next(options) for op in view.ops)
         mask = values.mask if view.mask is not None else None
-        views.append(replace(view, ops=ops, count=values.count, mask=mask))
-    return replace(augmentation, views=tuple(views))
+        erase = values.erase if view.erase is not None else None
+        views.append(replace(view, ops=ops, count=values.count, mask=mask, erase=erase))
+    mix = given.mix if augmentation.mix is not None else None
+    return replace(augmentation, views=tuple(views), group=given.group, mix=mix)
 
 
 def _resolve(method: str, preset: str, recipe: Recipe, given: Any) -> Config:
@@ -188,7 +212,7 @@ def _resolve(method: str, preset: str, recipe: Recipe, given: Any) -> Config:
         backbone=given.backbone,
         backbone_options=options,
         init=given.init,
-        data=given.data,
+        data=replace(given.data, approximate=approximations(given.data.approximate)),
         optim=given.optim,
         run=run,
         objective=given.objective,

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from pipelines.engines import APPROXIMATIONS, Approximation
 from pipelines.recipe import Augmentation
 
 SMALL_PIXELS = 64  # the largest image of a data set that --preset auto calls CIFAR-sized
@@ -73,6 +74,9 @@ class Data:
     """Data set for the evaluation during training (methods that have one)."""
     engine: str = "auto"
     """auto, dali, fused, reference, synthetic."""
+    approximate: tuple[str, ...] = ()
+    """What an engine may do differently where it lacks the exact operator, separated by commas:
+    affine-bilinear, equalize-opencv."""
     batch_size: int = 256
     """Samples per optimiser step, over all ranks and micro-batches."""
     holdout: float = 0.0
@@ -83,6 +87,9 @@ class Data:
     """full: any sample anywhere; window: within some shards, for remote storage."""
     window_shards: int = 16
     """window: number of shards that are mixed."""
+    repeated_augmentation: int = 1
+    """Show a sample so many times per step, each time augmented anew; an epoch keeps its length
+    and shows that much fewer samples (DeiT: 3)."""
     threads: int | None = None
     """Threads of the engine per rank; None takes this rank's share of the cores."""
     prefetch: int = 2
@@ -222,6 +229,7 @@ def check(config: Config) -> None:
     at_least_one = {
         "--data.batch-size": data.batch_size,
         "--data.prefetch": data.prefetch,
+        "--data.repeated-augmentation": data.repeated_augmentation,
         "--data.threads": 1 if data.threads is None else data.threads,
         "--run.steps": 1 if run.steps is None else run.steps,
         "--run.save-every": run.save_every,
@@ -252,6 +260,23 @@ def check(config: Config) -> None:
             raise ConfigError(f"{option} is {value}; it must not be negative")
     if not 0 <= data.holdout < 1:
         raise ConfigError(f"--data.holdout is {data.holdout}; it is a fraction in [0, 1)")
+    approximations(data.approximate)
+
+
+def approximations(names: Iterable[str]) -> tuple[Approximation, ...]:
+    """What --data.approximate names, as engines take it: each once, in their order.
+
+    names: of approximations; one string may hold several, separated by commas.
+    Raises ConfigError for what is no name of one.
+    """
+    given = [part for name in names for part in name.replace(",", " ").split()]
+    for name in given:
+        if name not in APPROXIMATIONS:
+            raise ConfigError(
+                f"--data.approximate {name} is unknown{nearest(name, APPROXIMATIONS)}; there are "
+                f"{', '.join(APPROXIMATIONS)}"
+            )
+    return tuple(known for known in APPROXIMATIONS if known in given)
 
 
 # ---------------------------------------------------------------------------------------- methods

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from pipelines.engines import choose
-from pipelines.loader import usable_cores
+from pipelines.engines import Approximation, choose
+from pipelines.loader import threads_per_rank, usable_cores
 from shards.atomic import atomic_file
 from shards.store import Store, dataset_splits, find_dataset
 from training.backbones import ENCODER_FILE, EncoderFactory, read_initial
 from training.checkpoint import versions
-from training.config import ConfigError
+from training.config import ConfigError, approximations
 from training.ending import run_and_exit
 from training.evaluation.features import Features, extract
 from training.evaluation.knn import NEIGHBOURS, TEMPERATURE, KnnError, KnnResult, knn_accuracy
@@ -42,7 +42,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.json is not None and not options.json.parent.is_dir():
         raise ConfigError(f"--json {options.json}: there is no directory {options.json.parent}")
     with join(options.device) as world:
-        engine = choose(options.engine or record.engine, record.test, world.device)
+        approximate = _approximate(record, options)
+        engine = choose(options.engine or record.engine, record.test, world.device, approximate)
         encoder = _encoder(record, train, untrained=options.untrained).to(world.device)
         if world.is_main:
             print(f"{_what(record, options)}; {engine} engine, {world.size} x {world.device.type}")
@@ -99,12 +100,25 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--batch-size", type=_positive, default=256, help="images per process and step"
     )
     parser.add_argument("--engine", help="auto, or an engine by name; default: the run's")
+    parser.add_argument(
+        "--data.approximate",
+        dest="approximate",
+        metavar="NAMES",
+        help="what the engine may do differently, separated by commas; default: the run's",
+    )
     parser.add_argument("--threads", type=_positive, help="of the engine, per process")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument(
         "--run.device", dest="device", choices=["auto", "cpu", "cuda"], default="auto"
     )
     return parser.parse_args(arguments)
+
+
+def _approximate(record: Record, options: argparse.Namespace) -> tuple[Approximation, ...]:
+    """Raises ConfigError for what names no approximation."""
+    return (
+        record.approximate if options.approximate is None else approximations([options.approximate])
+    )
 
 
 def _positive(text: str) -> int:
@@ -172,9 +186,10 @@ def _judge(
             batch_size=options.batch_size,
             engine=engine,
             world=world,
-            threads=options.threads or max(1, usable_cores() // world.local_size),
+            threads=options.threads or threads_per_rank(usable_cores(), world.local_size),
             precision=options.precision,
             progress=name,
+            approximate=_approximate(record, options),
         )
 
     ticks = [time.perf_counter()]

@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.loader import Loader, open_loader, usable_cores
+from pipelines.loader import Loader, open_loader, threads_per_rank, usable_cores
 from shards.store import SPLITS, Store, dataset_splits, find_dataset, open_store
-from training.config import Config, ConfigError
+from training.config import Config, ConfigError, approximations
 from training.evaluation.features import FeaturePass
 from training.world import World
 
@@ -30,11 +30,14 @@ def open_training_loader(
         window_shards=config.data.window_shards,
         holdout=config.data.holdout,
         subset=subset,
+        occurrences=config.data.repeated_augmentation,
+        keep_length=True,
         rank=world.rank,
         world_size=world.size,
         accumulate=config.run.accumulate,
         threads=_threads(config, world),
         prefetch=config.data.prefetch,
+        approximate=approximations(config.data.approximate),
     )
 
 
@@ -60,6 +63,7 @@ def feature_pass(
         engine=engine,
         world=world,
         threads=_threads(config, world),
+        approximate=approximations(config.data.approximate),
         precision="bf16" if bf16 else "fp32",
         seed=config.run.seed,
         holdout=config.data.holdout,
@@ -80,7 +84,7 @@ def held_out_passes(config: Config, way: FeaturePass) -> dict[str, FeaturePass]:
 
 def _threads(config: Config, world: World) -> int:
     """Of a rank's engine: its share of the cores that this machine's ranks have together."""
-    return config.data.threads or max(1, usable_cores() // world.local_size)
+    return config.data.threads or threads_per_rank(usable_cores(), world.local_size)
 
 
 def open_train(path: Path | None) -> Store:

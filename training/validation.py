@@ -55,6 +55,8 @@ def _totals(method: Method, way: FeaturePass) -> dict[str, tuple[float, int]]:
         rank=way.world.rank,
         world_size=way.world.size,
         threads=way.threads,
+        passes=1,
+        approximate=way.approximate,
     ) as loader:
         for batch in loader:
             with torch.autocast(

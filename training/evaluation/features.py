@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipelines.engines import Approximation
 from pipelines.loader import open_loader
 from pipelines.recipe import Augmentation
 from shards.store import Store
@@ -36,7 +37,8 @@ class FeaturePass:
     """A way through a data set, and the `Context` that a method's `before_epoch` is given.
 
     views: single-view augmentations by name, "test" among them. batch_size: images per rank.
-    holdout, part, subset, seed: which samples, as in `open_loader`; by default all.
+    holdout, part, subset, seed: which samples, as in `open_loader`; by default all. approximate: as
+    there.
     """
 
     store: Store
@@ -50,6 +52,7 @@ class FeaturePass:
     holdout: float = 0.0
     part: Literal["train", "holdout"] = "train"
     subset: NDArray[np.int64] | None = None
+    approximate: tuple[Approximation, ...] = ()
 
     def features(
         self, module: Callable[[Tensor], Tensor], view: str = "test"
@@ -84,6 +87,8 @@ class FeaturePass:
             rank=self.world.rank,
             world_size=self.world.size,
             threads=self.threads,
+            passes=1,
+            approximate=self.approximate,
         ) as loader:
             for batch in loader:
                 features = _apply(module, batch.views[0], self.batch_size, self.precision)
@@ -101,13 +106,24 @@ def extract(
     threads: int | None = None,
     precision: Precision = "fp32",
     progress: str | None = None,
+    approximate: tuple[Approximation, ...] = (),
 ) -> Features:
     """This rank's share of the whole store, on `world.device`; over all ranks every sample once.
 
     encoder: [B, 3, H, W] -> [B, D] on that device; its training mode is left as it was.
     batch_size: images per rank. progress: what rank 0 calls the bar that it draws, None for none.
+    approximate: as in `open_loader`.
     """
-    way = FeaturePass(store, {"test": augmentation}, batch_size, engine, world, threads, precision)
+    way = FeaturePass(
+        store,
+        {"test": augmentation},
+        batch_size,
+        engine,
+        world,
+        threads,
+        precision,
+        approximate=approximate,
+    )
     parts: list[Features] = []
     with tqdm(
         total=len(store),
