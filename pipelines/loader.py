@@ -30,7 +30,14 @@ from pipelines.recipe import Augmentation
 from pipelines.stream import LoaderError, Place, Stream, Worker, receive
 from shards.store import Store
 
-__all__ = ["Loader", "LoaderError", "differences", "open_loader", "usable_cores"]
+__all__ = [
+    "Loader",
+    "LoaderError",
+    "differences",
+    "open_loader",
+    "threads_per_rank",
+    "usable_cores",
+]
 
 _DIFFERENCES_SHOWN = 5
 _ABSENT = "(absent)"
@@ -94,8 +101,15 @@ class Loader:
         self.close()
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of the current epoch. Raises what the worker met, as it was raised there."""
-        epoch = self._next.epoch
+        """The rest of the current epoch. Raises what the worker met, as it was raised there.
+
+        Raises LoaderError after the last of a limited number of passes.
+        """
+        epoch, passes = self._next.epoch, self._stream.passes
+        _require(
+            passes is None or epoch < passes,
+            f"this loader was opened with passes={passes}, and they are over: open another one",
+        )
         while self._next.epoch == epoch:
             if self._next.step >= self._stream.own_steps():
                 self._next = Place(epoch + 1, 0, 0)
@@ -228,6 +242,14 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def threads_per_rank(cores: int, local_world_size: int) -> int:
+    """An engine's threads where `local_world_size` ranks share a machine: no core is taken twice.
+
+    What is left over stays idle for the ranks' own threads; with more ranks than cores it is 1.
+    """
+    return max(1, cores // local_world_size)
+
+
 def open_loader(
     store: Store,
     augmentation: Augmentation,
@@ -244,23 +266,32 @@ def open_loader(
     part: Part = "train",
     subset: NDArray[np.int64] | None = None,
     occurrences: int = 1,
+    keep_length: bool = False,
     rank: int = 0,
     world_size: int = 1,
     accumulate: int = 1,
     threads: int | None = None,
     prefetch: int = 2,
+    passes: int | None = None,
     stage: bool = True,
+    approximate: tuple[engines.Approximation, ...] = (),
 ) -> Loader:
     """A Loader of `augmentation`'s views of the store's samples, for one rank.
 
     batch_size: samples in a *global* batch, divided among `world_size` ranks and `accumulate`
-    micro-batches. seed, shuffle, window_shards, drop_last, holdout, part, subset, occurrences: see
-    `order.Order`. For evaluation shuffle="none", drop_last=False: every sample once, no padding;
-    the last batch may be shorter, also by rank, and a rank without a sample in it gets none.
+    micro-batches. seed, shuffle, window_shards, drop_last, holdout, part, subset, occurrences,
+    keep_length: see `order.Order`. For evaluation shuffle="none", drop_last=False: every sample
+    once, no padding; the last batch may be shorter, also by rank, and a rank without a sample in it
+    gets none.
     engine: "auto" or a name in `engines.ENGINES`. device, dtype: of the finished views.
     threads: host threads of the engine, by default all cores of this process (give a rank its
-    share where several run on a machine). prefetch: finished batches kept ready, 1 or more.
-    stage: False leaves the views uint8.
+    share where several run on a machine). prefetch: finished batches kept ready, 1 or more; at most
+    prefetch + 1 exist at any time between the reading of their bytes and their delivery.
+    passes: how many epochs there are, None for no end: nothing is read or made beyond the last
+    one, and iterating after it raises LoaderError. It counts from epoch 0, also after a resume.
+    stage: False leaves the views uint8, neither erased nor mixed.
+    approximate: names in `engines.APPROXIMATIONS` of differences from `reference` that the engine
+    may make where it has nothing better; those that it makes enter the fingerprint.
     Raises LoaderError for what cannot be delivered, Unsupported for what no engine can run.
     """
     target = torch.device(device)
@@ -274,6 +305,7 @@ def open_loader(
         ("world_size", world_size),
         ("accumulate", accumulate),
         ("prefetch", prefetch),
+        ("passes", 1 if passes is None else passes),
         ("threads", 1 if threads is None else threads),
     ):
         _require(value > 0, f"{name} is {value}; it must be at least 1")
@@ -281,6 +313,16 @@ def open_loader(
     _require(
         dtype in (torch.float32, torch.float16, torch.bfloat16),
         f"dtype is {dtype}; views can be float32, float16 or bfloat16",
+    )
+    for name in approximate:
+        _require(
+            name in engines.APPROXIMATIONS,
+            f"approximate names {name!r}; there are {', '.join(engines.APPROXIMATIONS)}",
+        )
+    _require(
+        drop_last or augmentation.group == 1,
+        f"drop_last=False leaves a last batch without whole groups of {augmentation.group}, which "
+        f"the recipe {augmentation.name!r} draws for",
     )
     _require(drop_last or accumulate == 1, "accumulate needs drop_last: its steps are all whole")
     shares = world_size * accumulate
@@ -301,6 +343,7 @@ def open_loader(
             seed=seed,
             shuffle=shuffle,
             occurrences=occurrences,
+            keep_length=keep_length,
             window_shards=window_shards if shuffle == "window" else 0,
             shard_starts=store.shard_starts if shuffle == "window" else None,
             holdout=holdout,
@@ -314,7 +357,7 @@ def open_loader(
         store=store,
         augmentation=augmentation,
         order=order,
-        engine_name=engines.choose(engine, augmentation, target),
+        engine_name=engines.choose(engine, augmentation, target, approximate),
         rank=rank,
         world_size=world_size,
         accumulate=accumulate,
@@ -322,6 +365,8 @@ def open_loader(
         dtype=dtype,
         threads=threads or usable_cores(),
         prefetch=prefetch,
+        passes=passes,
         stage=stage,
+        approximate=approximate,
     )
     return Loader(stream, stream.open_engine())

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -50,13 +50,16 @@ class Stream:
     dtype: torch.dtype
     threads: int
     prefetch: int
+    passes: int | None
     stage: bool
+    approximate: tuple[engines.Approximation, ...] = ()
 
     @property
-    def engine_normalizes(self) -> bool:
-        """On a CPU the engine's last pass may write floats, which saves a pass over all views."""
-        wanted = self.stage and self.device.type == "cpu" and self.dtype == torch.float32
-        return wanted and self.engine_name in engines.NORMALIZING
+    def engine_finishes(self) -> bool:
+        """Whether the engine hands out finished views, which saves a pass over all of them."""
+        return self.stage and engines.finishes(
+            self.engine_name, self.augmentation, self.device, self.dtype
+        )
 
     def open_engine(self) -> engines.Engine:
         return engines.open_engine(
@@ -64,7 +67,8 @@ class Stream:
             self.augmentation,
             device=self.device,
             threads=self.threads,
-            normalized=self.engine_normalizes,
+            finished=self.dtype if self.engine_finishes else None,
+            approximate=self.approximate,
         )
 
     def step_length(self, step: int) -> int:
@@ -90,12 +94,14 @@ class Stream:
         return steps if last.stop > last.start else steps - 1
 
     def places(self, start: Place) -> Iterator[Place]:
-        """From `start` on without an end; `own_steps` must not be 0."""
+        """From `start` on: `passes` epochs in all, or without an end. `own_steps` must not be 0."""
         epoch, step, part = start
         steps = self.own_steps()
         while True:
             if step >= steps:
                 epoch, step, part = epoch + 1, 0, 0
+            if epoch == self.passes:
+                return
             yield Place(epoch, step, part)
             part += 1
             if part == self.accumulate:
@@ -110,6 +116,7 @@ class Stream:
             seed=self.order.seed,
             epoch=place.epoch,
             position=place.step * self.order.batch_size,
+            first=share.start,
             ids=ids,
             occurrences=occurrences,
             sizes=self.store.sizes(ids),
@@ -117,10 +124,10 @@ class Stream:
         return engines.Work(plan, self.store.read(ids), self.store.labels(ids))
 
     def finish(self, batch: Batch) -> Batch:
-        """To the consumer's device, normalised if asked for."""
+        """To the consumer's device, and finished if that is asked for and not yet done."""
         if self.device.type == "cuda":
             batch = _pinned(batch)
-        if not self.stage or self.engine_normalizes:
+        if not self.stage or self.engine_finishes:
             return batch.to(self.device)
         recipe = self.augmentation
         return device_stage(batch, recipe.mean, recipe.std, device=self.device, dtype=self.dtype)
@@ -141,17 +148,7 @@ class Stream:
 def _pinned(batch: Batch) -> Batch:
     """Page-locked copies of what is on the host, so that the copies to the device do not block."""
 
-    def pin(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
-
-    return replace(
-        batch,
-        views=tuple(pin(view) for view in batch.views),
-        labels=pin(batch.labels),
-        ids=pin(batch.ids),
-        masks=tuple(None if mask is None else pin(mask) for mask in batch.masks),
-        draws={name: pin(draw) for name, draw in batch.draws.items()},
-    )
+    return batch.map(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
 
 
 def _side_stream(device: torch.device) -> AbstractContextManager[Any]:
@@ -166,9 +163,8 @@ def receive(batch: Batch, ready: torch.cuda.Event | None, device: torch.device) 
     if ready is not None:
         stream = torch.cuda.current_stream(device)
         stream.wait_event(ready)
-        for tensor in (*batch.views, batch.labels, batch.ids, *batch.masks, *batch.draws.values()):
-            if tensor is not None:
-                tensor.record_stream(stream)
+        for tensor in batch.tensors():
+            tensor.record_stream(stream)
     return batch
 
 
@@ -179,7 +175,10 @@ class Delivery(NamedTuple):
 
 
 class Worker:
-    """A thread that makes batches from `start` on until it fails or is stopped.
+    """A thread that makes batches from `start` on until there are no more, it fails or is stopped.
+
+    A batch occupies a slot from before its bytes are read until it is taken. An engine takes up to
+    two Works before it gives its first Batch, so that two slots are the least.
 
     It holds no reference to the Loader, so that a forgotten Loader can end it.
     """
@@ -189,7 +188,7 @@ class Worker:
         self._engine = engine
         self._start = start
         self._ready: SimpleQueue[Delivery | BaseException] = SimpleQueue()
-        self._slots = threading.Semaphore(stream.prefetch)
+        self._slots = threading.Semaphore(stream.prefetch + 1)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="headrace-loader", daemon=True)
         self._thread.start()
@@ -226,6 +225,7 @@ class Worker:
             # A failure here waits until the engine has given back the batches before it.
             try:
                 for place in self._stream.places(self._start):
+                    self._slots.acquire()
                     if self._stopping.is_set():
                         return
                     work = self._stream.work(place)
@@ -242,9 +242,9 @@ class Worker:
             if self._stream.device.type == "cuda":
                 ready = torch.cuda.Event()
                 ready.record()
-            self._slots.acquire()
             self._ready.put(Delivery(places.popleft(), batch, ready))
+            del made, batch  # the consumer may drop it while the next one is being made
         if failure:
             raise failure[0]
-        if not self._stopping.is_set():
+        if not self._stopping.is_set():  # and after the last pass, where nobody asks for more
             raise LoaderError(f"the {self._engine.name} engine ended before its work did")

@@ -6,6 +6,7 @@ import json
 import pickle
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from shards.store import open_store
 RECIPE = recipes.dino(16, 8, 1)
 PIXELS = recipes.mae(16, patch_pixels=4)
 SAMPLES = 37
+WORKER = "headrace-loader"
 
 
 class MemoryStore:
@@ -206,7 +208,7 @@ def test_evaluation_sees_every_sample_once_for_any_world(
     for rank in range(world_size):
         loader = opened(
             store, engine="synthetic", batch_size=per_rank * world_size, shuffle="none",
-            drop_last=False, rank=rank, world_size=world_size,
+            drop_last=False, rank=rank, world_size=world_size, passes=2,
         )  # fmt: skip
         with loader:
             batches: list[Batch] = []
@@ -334,7 +336,7 @@ def test_differences_are_named_by_dotted_key() -> None:
 
 def test_the_fingerprint_is_json_and_ignores_how_a_run_is_spread(store: MemoryStore) -> None:
     one = opened(store)
-    other = opened(store, world_size=2, rank=1, accumulate=2, threads=1, prefetch=7)
+    other = opened(store, world_size=2, rank=1, accumulate=2, threads=1, prefetch=7, passes=3)
     assert one.fingerprint == other.fingerprint == json.loads(json.dumps(one.fingerprint))
     assert one.fingerprint["store"] == "0123"
     state = one.state_dict()
@@ -398,7 +400,7 @@ def test_dropping_the_last_reference_ends_the_threads(store: MemoryStore) -> Non
     loader = opened(store)
     for _ in loader:
         break
-    (worker,) = [thread for thread in threading.enumerate() if thread.name == "headrace-loader"]
+    (worker,) = [thread for thread in threading.enumerate() if thread.name == WORKER]
     del loader
     gc.collect()
     worker.join(timeout=5)
@@ -430,11 +432,133 @@ def test_the_next_epoch_is_made_before_it_is_asked_for(store: MemoryStore) -> No
     with opened(watched, prefetch=3) as loader:
         assert len(list(loader)) == 4
         deadline = time.perf_counter() + 5
-        while len(asked) < 7 and time.perf_counter() < deadline:
+        while len(asked) < 8 and time.perf_counter() < deadline:
             time.sleep(0.01)
-        assert len(asked) >= 7
         time.sleep(0.2)
-        assert len(asked) <= 4 + 3 + 1 + 2  # ready, in the worker's hand, in the engine
+        assert len(asked) == 4 + 3 + 1  # delivered, ready, and one more on its way
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 3])
+@pytest.mark.parametrize(
+    "engine", ["fused", pytest.param("dali", marks=pytest.mark.dali), "reference", "synthetic"]
+)
+def test_memory_is_bounded_and_nothing_deadlocks(engine: str, prefetch: int) -> None:
+    started = 0
+    watched = MemoryStore()
+
+    def count(ids: NDArray[np.int64]) -> None:
+        nonlocal started
+        started += 1
+
+    watched.before_read = count
+    with opened(watched, engine=engine, prefetch=prefetch) as loader:
+        taken = 0
+        for _ in range(3):
+            for _ in loader:
+                taken += 1
+                if taken in (1, 6, 7, 12):  # slow here, as fast as it can in between
+                    deadline = time.perf_counter() + 10
+                    while started < taken + prefetch + 1 and time.perf_counter() < deadline:
+                        time.sleep(0.01)
+                    time.sleep(0.05)
+                    assert started == taken + prefetch + 1
+                assert started <= taken + prefetch + 1
+        assert taken == 12
+
+
+def test_the_worker_does_not_hold_what_was_taken() -> None:
+    slow, going_on = MemoryStore(), threading.Event()
+    going_on.set()
+
+    def wait(ids: NDArray[np.int64]) -> None:
+        going_on.wait(5)
+
+    slow.before_read = wait
+    with opened(slow, prefetch=1, engine="synthetic") as loader:
+        iterator = iter(loader)
+        next(iterator)
+        going_on.clear()  # at most one batch is ready or in the engine, and no other comes
+        last = weakref.ref(next(iterator))
+        gc.collect()
+        kept = last()
+        going_on.set()
+        assert kept is None
+
+
+def test_nothing_is_made_beyond_the_last_pass(store: MemoryStore) -> None:
+    asked: list[int] = []
+    watched = MemoryStore()
+    watched.before_read = lambda ids: asked.extend(ids.tolist())
+    expected = epochs(opened(store, shuffle="none", drop_last=False), 2)
+    with opened(watched, shuffle="none", drop_last=False, passes=2) as loader:
+        got = [*loader, *loader]
+        for worker in [thread for thread in threading.enumerate() if thread.name == WORKER]:
+            worker.join(timeout=5)  # it ends by itself
+            assert not worker.is_alive()
+        assert asked == [*range(SAMPLES), *range(SAMPLES)]
+        assert loader.state_dict()["epoch"] == 2
+        for _ in range(2):
+            with pytest.raises(LoaderError, match="opened with passes=2, and they are over"):
+                next(iter(loader))
+    for batch, other in zip(got, expected, strict=True):
+        assert_same(batch, other)
+
+
+def test_passes_count_from_the_first_epoch_also_after_a_resume(store: MemoryStore) -> None:
+    with opened(store) as endless:
+        states = [endless.state_dict()]
+        for _ in range(2):
+            states += [endless.state_dict() for _ in endless]
+    with opened(store, passes=2, accumulate=2) as loader:
+        for done in (8, 7, 4, 0):  # also backwards: the worker has ended, and begins again
+            loader.load_state_dict(states[done])
+            assert loader.state_dict() == states[done]
+            epoch = states[done]["epoch"]
+            while epoch < 2:
+                assert {batch.epoch for batch in loader} == {epoch}
+                epoch += 1
+            assert loader.state_dict() == states[8]
+            with pytest.raises(LoaderError, match="they are over"):
+                next(iter(loader))
+
+
+@pytest.mark.parametrize("engine", ["fused", "reference", "synthetic"])
+def test_closing_in_every_state_of_the_worker(engine: str) -> None:
+    """Reading, failed, with the last pass made but not taken, and with everything taken."""
+    reading = threading.Event()
+    slow = MemoryStore()
+
+    def read(ids: NDArray[np.int64]) -> None:
+        reading.set()
+        time.sleep(0.1)
+
+    slow.before_read = read
+    loader = opened(slow, engine=engine)
+    next(iter(loader))
+    reading.clear()
+    reading.wait(5)
+    loader.close()
+
+    failing = MemoryStore()
+
+    def fail(ids: NDArray[np.int64]) -> None:
+        raise OSError("the disk is gone")
+
+    failing.before_read = fail
+    loader = opened(failing, engine=engine)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(iter(loader))
+    loader.close()
+
+    for delivered in (1, 4):
+        loader = opened(MemoryStore(), engine=engine, passes=1, prefetch=8)
+        batches = iter(loader)
+        for _ in range(delivered):
+            next(batches)
+        time.sleep(0.1)
+        started = time.perf_counter()
+        loader.close()
+        assert time.perf_counter() - started < 5
 
 
 def test_waiting_is_measured(store: MemoryStore) -> None:
@@ -496,6 +620,7 @@ def test_what_the_store_raises_arrives_unchanged_after_the_batches_before_it() -
         ({"rank": 2, "world_size": 2}, r"rank is 2; it must be in \[0, 2\)"),
         ({"threads": 0}, "threads is 0"),
         ({"prefetch": 0}, "prefetch is 0"),
+        ({"passes": 0}, "passes is 0"),
         ({"dtype": torch.int8}, "dtype is torch.int8"),
         ({"shuffle": "some"}, "shuffle is 'some'"),
         ({"holdout": 1.5}, "holdout is 1.5"),
@@ -537,13 +662,14 @@ def test_parts_subsets_windows_and_occurrences(store: MemoryStore) -> None:
     assert sorted(ids(shuffle="window", window_shards=2, drop_last=False)) == list(range(SAMPLES))
     twice = ids(occurrences=2)
     assert len(twice) == 72
-    assert twice[::2] == twice[1::2]
+    batches = np.array(twice).reshape(-1, 2, 2)  # of four: two samples, then both again
+    assert (batches[:, 0] == batches[:, 1]).all()
 
 
 def test_occurrences_of_a_sample_look_different(store: MemoryStore) -> None:
     (batch,) = [batch for batch in epochs(opened(store, occurrences=2), 1) if batch.position == 0]
-    assert batch.ids[0] == batch.ids[1]
-    assert not torch.equal(batch.views[0][0], batch.views[0][1])
+    assert batch.ids[0] == batch.ids[4]
+    assert not torch.equal(batch.views[0][0], batch.views[0][4])
 
 
 def test_a_folder_of_images_feeds_a_loader(store: MemoryStore, tmp_path: Path) -> None:
