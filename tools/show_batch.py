@@ -1,31 +1,42 @@
 """Contact sheet of a recipe at work: original images beside all their augmented views.
 
-    python tools/show_batch.py --data DIR --method dino --out sheet.png
+    python tools/show_batch.py --data DIR --recipe dino --out sheet.png
     python tools/show_batch.py --run RUN --out sheet.png
+    python tools/show_batch.py --data DIR --recipe deit --diff reference,fused --out difference.png
 
-Real samples through a real engine, as training gets them but for the normalisation. What a mask
-removes is greyed. Small pictures are enlarged without smoothing, so that every pixel is seen.
+Real samples through a real engine, as training gets them but for the normalisation, which is taken
+back. What a mask removes is greyed; what was erased or pasted is outlined. `--diff` shows the views
+of two engines and, amplified, where they differ.
 """
 
 import argparse
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from itertools import cycle
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+import torch
+from contact_sheet import CAPTION_HEIGHT, Cell, Group, contact_sheet, fitting_columns
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from PIL import Image, ImageDraw
+from readme_tables import number
 
+from pipelines import recipes
 from pipelines.batch import Batch
-from pipelines.engines import Unsupported
+from pipelines.engines import APPROXIMATIONS, Approximation, Unsupported
 from pipelines.engines.reference import decode
 from pipelines.loader import LoaderError, open_loader
-from pipelines.recipe import Augmentation, Mask, RecipeError, View
+from pipelines.recipe import (
+    Augmentation,
+    BlockMask,
+    Mask,
+    MultiBlockMask,
+    RandomMask,
+    RecipeError,
+    View,
+)
 from shards.atomic import atomic_file
 from shards.index import ShardError
 from shards.store import Store
@@ -34,57 +45,39 @@ from training.evaluation.record import read_record
 from training.samples import largest_side_pixels, open_train
 
 LEAST_CELL_PIXELS = 144
-GAP = 6
-GROUP_GAP = 20
-MARGIN = 16
-CAPTION_HEIGHT = 36
-HEADING_HEIGHT = 40
-TITLE_HEIGHT = 40
-INK, FAINT, PAPER, MASK_GREY = (32, 32, 32), (120, 120, 120), (255, 255, 255), 150
+MASK_GREY = 150
+TARGET_COLOURS = ((228, 26, 28), (55, 126, 184), (77, 175, 74), (255, 127, 0), (152, 78, 163))
+ERASED_OUTLINE, PASTED_OUTLINE = (255, 255, 0), (255, 0, 255)
+
+Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """An original picture, what to write below it, and its views in the order of the groups."""
+class Shown:
+    """What to show: training images, their views and what to call these; through which engines."""
 
-    original: Image.Image
-    caption: str
-    small_print: str
-    views: tuple[Image.Image, ...]
-
-
-@dataclass(frozen=True)
-class Group:
-    """The pictures that one View of the recipe makes, packed into a block."""
-
-    heading: str
-    small_print: str
-    count: int
-    side: int  # of a picture on the sheet, in pixels
-    per_column: int
-
-    @property
-    def width(self) -> int:
-        columns = math.ceil(self.count / self.per_column)
-        block = columns * (self.side + GAP) - GAP
-        return max(block, _text_width(self.heading, 15), _text_width(self.small_print, 12))
-
-    def place(self, number: int) -> tuple[int, int]:
-        """(x, y) of its picture `number` within the block, filled row by row."""
-        columns = math.ceil(self.count / self.per_column)
-        row, column = divmod(number, columns)
-        return column * (self.side + GAP), row * (self.side + GAP)
+    store: Store
+    augmentation: Augmentation
+    called: str
+    engines: tuple[str, ...]
+    seed: int
+    samples: int
+    approximate: tuple[Approximation, ...]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
-        store, augmentation, recipe_name, engine, seed = _what_to_show(options)
-        batch, engine = _first_batch(store, augmentation, engine, seed, options.samples)
+        shown = _what_to_show(options)
+        batches, names = zip(
+            *(_first_batch(shown, engine) for engine in shown.engines), strict=True
+        )
+        cells, note = _cells(batches, shown)
+        through = f"{' and '.join(names)} engine" + "s" * (len(names) > 1)
         sheet = contact_sheet(
-            _cells(batch, store, augmentation),
-            _groups(augmentation),
-            f"{recipe_name}   {_short(store.uri)}   {engine} engine, seed {seed}",
+            cells,
+            _groups(shown.augmentation, names),
+            f"{shown.called}   {_short(shown.store.uri)}   {through}, seed {shown.seed}{note}",
         )
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(options.out) as file:
@@ -95,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {options.out} cannot be written: {error.strerror}", file=sys.stderr)
         return 1
-    print(f"{options.out}: {len(batch)} samples, {len(batch.views)} views each, {engine} engine")
+    views = len(batches[0].views)
+    print(f"{options.out}: {len(cells)} samples, {views} views each, {through}{note}")
     return 0
 
 
@@ -104,43 +98,49 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Draw original images beside all their augmented views.",
         epilog="""examples:
   python tools/show_batch.py --method dino --data data/cifar10 --out views.png
-  python tools/show_batch.py --method mae --preset imagenet --data data/imagenet --out masks.png
-  python tools/show_batch.py --run runs/dino --engine reference --out views.png""",
+  python tools/show_batch.py --recipe ijepa --data data/imagenet --out masks.png
+  python tools/show_batch.py --run runs/dino --engine reference --out views.png
+  python tools/show_batch.py --recipe deit --diff reference,fused --out difference.png""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--method", "--recipe", metavar="NAME", help="a method: the training views of its preset"
-    )
+    what.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipes.NAMED)}")
+    what.add_argument("--method", metavar="NAME", help="the training views of a method's preset")
     what.add_argument("--run", type=Path, help="a run's directory: its training views and its data")
     parser.add_argument(
         "--data", type=Path, help="data set; by default the run's, or ./data's only"
     )
     parser.add_argument("--preset", default="auto", help="with --method: which of its presets")
     parser.add_argument("--out", type=Path, required=True, help="the PNG file to write")
-    parser.add_argument("--engine", help="auto, dali, reference, ...; default: the run's")
+    through = parser.add_mutually_exclusive_group()
+    through.add_argument("--engine", help="auto, dali, reference, ...; default: the run's")
+    through.add_argument(
+        "--diff", type=_two, metavar="A,B", help="two engines and where they differ"
+    )
+    parser.add_argument(
+        "--approximate",
+        type=_approximations,
+        default=(),
+        metavar="NAMES",
+        help=f"what an engine may do differently: {', '.join(APPROXIMATIONS)}",
+    )
     parser.add_argument("--seed", type=int, help="of order and randomness; default: the run's")
     parser.add_argument("--samples", type=_positive, default=8, help="number of images")
     return parser.parse_args(arguments)
 
 
-def _what_to_show(options: argparse.Namespace) -> tuple[Store, Augmentation, str, str, int]:
-    """(the training images, the training views, what to call these, the engine, the seed)."""
-    if options.run is not None:
-        record = read_record(options.run)
-        store = open_train(options.data or record.train)
-        views, called = record.augmentation, f"{record.method} as in {options.run.name}"
-        engine, seed = record.engine, record.seed
-    else:
-        module = find_method(options.method)
-        store = open_train(options.data)
-        preset, recipe = find_preset(module, options.preset, lambda: largest_side_pixels(store))
-        views, called = recipe.augmentation, f"{options.method} ({preset})"
-        engine, seed = "auto", 0
-    if options.samples > len(store):
-        raise ShardError(f"--samples is {options.samples}, and {store.uri} has {len(store)} images")
-    seed = seed if options.seed is None else options.seed
-    return store, views, called, options.engine or engine, seed
+def _approximations(text: str) -> tuple[Approximation, ...]:
+    known: tuple[Approximation, ...] = tuple(a for a in APPROXIMATIONS if a in text.split(","))
+    if len(known) != len(text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}: there are {', '.join(APPROXIMATIONS)}")
+    return known
+
+
+def _two(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if len(names) != 2 or not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two engines with a comma between them")
+    return names
 
 
 def _positive(text: str) -> int:
@@ -149,72 +149,208 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _first_batch(
-    store: Store, augmentation: Augmentation, engine: str, seed: int, samples: int
-) -> tuple[Batch, str]:
-    """(the first batch of epoch 0 with uint8 views, the engine's name)."""
-    with open_loader(
+def _what_to_show(options: argparse.Namespace) -> Shown:
+    engine, seed = "auto", 0
+    if options.run is not None:
+        record = read_record(options.run)
+        store = open_train(options.data or record.train)
+        views, called = record.augmentation, f"{record.method} as in {options.run.name}"
+        engine, seed = record.engine, record.seed
+    elif options.recipe is not None:
+        views, called = recipes.named(options.recipe), options.recipe
+        store = open_train(options.data)
+    else:
+        module = find_method(options.method)
+        store = open_train(options.data)
+        preset, recipe = find_preset(module, options.preset, lambda: largest_side_pixels(store))
+        views, called = recipe.augmentation, f"{options.method} ({preset})"
+    if options.samples > len(store):
+        raise ShardError(f"--samples is {options.samples}, and {store.uri} has {len(store)} images")
+    return Shown(
         store,
-        augmentation,
-        batch_size=samples,
-        seed=seed,
+        views,
+        called,
+        options.diff or (options.engine or engine,),
+        seed if options.seed is None else options.seed,
+        options.samples,
+        options.approximate,
+    )
+
+
+def _first_batch(shown: Shown, engine: str) -> tuple[Batch, str]:
+    """(the first batch of epoch 0, of whole groups, on the CPU; the engine's name).
+
+    Views are uint8, or finished where the recipe erases or mixes.
+    """
+    group = shown.augmentation.group
+    length = -(-shown.samples // group) * group
+    if length > len(shown.store):
+        raise LoaderError(
+            f"the recipe {shown.augmentation.name!r} draws for groups of {group} samples, and "
+            f"{shown.store.uri} has {len(shown.store)}"
+        )
+    with open_loader(
+        shown.store,
+        shown.augmentation,
+        batch_size=length,
+        seed=shown.seed,
         engine=engine,
-        stage=False,
+        stage=_finishes(shown.augmentation),
         threads=2,
+        prefetch=1,
+        passes=1,
+        approximate=shown.approximate,
     ) as loader:
         return next(iter(loader)), loader.engine_name
 
 
-def _cells(batch: Batch, store: Store, augmentation: Augmentation) -> list[Cell]:
-    ids = batch.ids.numpy()
+def _finishes(augmentation: Augmentation) -> bool:
+    erases = any(view.erase is not None for view in augmentation.views)
+    return erases or augmentation.mix is not None
+
+
+def levels(view: torch.Tensor, augmentation: Augmentation) -> NDArray[np.float32]:
+    """Views [B, 3, H, W] as 8-bit levels [B, H, W, 3], finished ones without normalisation."""
+    pixels = view.permute(0, 2, 3, 1).float()
+    if view.dtype != torch.uint8:
+        pixels = (pixels * torch.tensor(augmentation.std) + torch.tensor(augmentation.mean)) * 255
+    return pixels.numpy()
+
+
+def _picture(pixels: NDArray[np.float32]) -> Image.Image:
+    return Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8))
+
+
+def _cells(batches: Sequence[Batch], shown: Shown) -> tuple[list[Cell], str]:
+    """(a cell per sample, what the title must say of them)."""
+    batch, store = batches[0], shown.store
+    ids = batch.ids.numpy()[: shown.samples]
+    by_engine = [[levels(view, shown.augmentation) for view in made.views] for made in batches]
+    factor = 1
+    if len(batches) == 2:
+        mine, theirs = by_engine
+        # By one value in a thousand: a few far ones would hide all others.
+        large = max(np.quantile(np.abs(a - b), 0.999) for a, b in zip(mine, theirs, strict=True))
+        factor = max(1, int(255 // max(large, 1)))
     cells = []
     for row, (encoded, name) in enumerate(zip(store.read(ids), store.names(ids), strict=True)):
-        pictures = []
-        for view, pixels, mask in zip(
-            augmentation.flat_views, batch.views, batch.masks, strict=True
-        ):
-            picture = pixels[row].permute(1, 2, 0).numpy()
-            pictures.append(Image.fromarray(picture))
-            if view.mask is not None and mask is not None:
-                pictures.append(Image.fromarray(greyed(picture, mask[row], view.mask)))
-        label = int(batch.labels[row])
-        caption = _class_name(label, store.classes)
-        cells.append(Cell(decode(encoded), caption, f"{ids[row]}: {name}", tuple(pictures)))
-    return cells
+        pictures, labels = [], []
+        if len(batches) == 1:
+            for view in range(len(batch.views)):
+                pictures += _view_pictures(batch, row, view, by_engine[0][view][row], shown)
+            labels = [""] * len(pictures)
+        else:
+            for a, b in zip(*by_engine, strict=True):
+                difference = np.abs(a[row] - b[row])
+                pictures += [_picture(a[row]), _picture(b[row]), _picture(difference * factor)]
+                labels += ["", "", f"{number(difference.mean())} / {number(difference.max())}"]
+        caption = _class_name(int(batch.labels[row]), store.classes)
+        small_print = (f"{ids[row]}: {name}", *_mixing(batch, row))
+        cells.append(Cell(decode(encoded), caption, small_print, tuple(pictures), tuple(labels)))
+    return cells, f", differences x {factor}" if len(batches) == 2 else ""
 
 
-def greyed(picture: NDArray[np.uint8], mask: Tensor, kind: Mask) -> NDArray[np.uint8]:
+def _view_pictures(
+    batch: Batch, row: int, view: int, pixels: NDArray[np.float32], shown: Shown
+) -> Iterator[Image.Image]:
+    """A view with its boxes outlined; where it has a mask, again with what that hides or names."""
+    picture = _picture(pixels)
+    outline = ImageDraw.Draw(picture)
+    if batch.erased and (erased := batch.erased[view]) is not None:
+        for box in erased.boxes[row].tolist():
+            _outline(outline, box, ERASED_OUTLINE)
+    if batch.mixed is not None:
+        _outline(outline, batch.mixed.boxes[row].tolist(), PASTED_OUTLINE)
+    yield picture
+    mask, kind = batch.masks[view], shown.augmentation.flat_views[view].mask
+    if mask is not None and kind is not None:
+        plain = np.asarray(picture)
+        removed = mask[row].numpy()
+        if isinstance(kind, MultiBlockMask):
+            yield Image.fromarray(greyed(plain, removed[0], kind))
+            yield Image.fromarray(coloured(plain, removed[1:], kind))
+        else:
+            yield Image.fromarray(greyed(plain, removed, kind))
+
+
+def _outline(draw: ImageDraw.ImageDraw, box: list[int], colour: tuple[int, int, int]) -> None:
+    top, left, height, width = box
+    if height > 0 and width > 0:
+        draw.rectangle((left, top, left + width - 1, top + height - 1), outline=colour)
+
+
+def _mixing(batch: Batch, row: int) -> tuple[str, ...]:
+    """How much of the sample is left, and whose the rest is."""
+    if batch.mixed is None or batch.mixed.weights[row] == 1:
+        return ()
+    kind = "CutMix" if batch.mixed.boxes[row].any() else "Mixup"
+    partner = int(batch.ids[batch.mixed.partners[row]])
+    return (f"{kind}: {float(batch.mixed.weights[row]):.2f}, the rest is {partner}",)
+
+
+def greyed(picture: Pixels, mask: NDArray[np.bool_], kind: Mask) -> Pixels:
     """A copy of the picture uint8 [H, W, 3] whose removed patches (mask bool [N]) are faint."""
-    side = len(picture) // kind.patch_pixels
-    removed = mask.numpy().reshape(side, side).repeat(kind.patch_pixels, 0)
-    removed = removed.repeat(kind.patch_pixels, 1)[..., None]
     faint = (picture * 0.15 + MASK_GREY * 0.85).astype(np.uint8)
-    return np.where(removed, faint, picture)
+    return np.where(_over_pixels(mask, len(picture), kind), faint, picture)
 
 
-def _groups(augmentation: Augmentation) -> list[Group]:
+def coloured(picture: Pixels, targets: NDArray[np.bool_], kind: Mask) -> Pixels:
+    """A copy that is faint but for the target blocks (bool [targets, N]), each in its colour."""
+    result = greyed(picture, np.ones_like(targets[0]), kind)
+    for target, colour in zip(targets, cycle(TARGET_COLOURS), strict=False):
+        tinted = (picture * 0.6 + np.array(colour) * 0.4).astype(np.uint8)
+        result = np.where(_over_pixels(target, len(picture), kind), tinted, result)
+    return result
+
+
+def _over_pixels(patches: NDArray[np.bool_], pixels: int, kind: Mask) -> NDArray[np.bool_]:
+    """bool [N] over patches as bool [H, W, 1] over pixels."""
+    side = pixels // kind.patch_pixels
+    rows = patches.reshape(side, side).repeat(kind.patch_pixels, 0)
+    return rows.repeat(kind.patch_pixels, 1)[..., None]
+
+
+def _groups(augmentation: Augmentation, engines: Sequence[str] = ("",)) -> list[Group]:
     scale = _scale(augmentation)
     # Beside the original's caption there is room, too.
-    room = max(view.size for view in augmentation.views) * scale + CAPTION_HEIGHT + GAP
+    room = max(view.size for view in augmentation.views) * scale + CAPTION_HEIGHT
     groups = []
     for view in augmentation.views:
         side = view.size * scale
-        pictures = view.count * (1 if view.mask is None else 2)
-        groups.append(
-            Group(
-                heading=view.name + (f" × {view.count}" if view.count > 1 else ""),
-                small_print=_small_print(view),
-                count=pictures,
-                side=side,
-                per_column=1 if view.mask else max(1, room // (side + GAP)),
-            )
-        )
+        heading = view.name + (f" × {view.count}" if view.count > 1 else "")
+        if len(engines) == 2:
+            at_once, small_print = 3, f"{engines[0]}, {engines[1]}, difference (mean / maximum)"
+        else:
+            at_once, small_print = _pictures(view.mask), _small_print(view)
+        count = at_once * view.count
+        columns = fitting_columns(count, side, room, at_once)
+        groups.append(Group(heading, small_print, count, side, columns))
     return groups
+
+
+def _pictures(mask: Mask | None) -> int:
+    match mask:
+        case None:
+            return 1
+        case RandomMask() | BlockMask():
+            return 2
+        case MultiBlockMask():
+            return 3
 
 
 def _small_print(view: View) -> str:
     pixels = f"{view.size} × {view.size} pixels"
-    return pixels if view.mask is None else f"{pixels}, {view.mask.ratio:.0%} removed"
+    match view.mask:
+        case None:
+            return pixels
+        case RandomMask(ratio=ratio):
+            return f"{pixels}, {ratio:.0%} removed"
+        case BlockMask(ratio=(low, high), probability=probability):
+            ratio = f"{low:.0%}" if low == high else f"{low:.0%} to {high:.0%}"
+            often = "" if probability == 1 else f" from {probability:.0%}"
+            return f"{pixels}, {ratio} removed{often}"
+        case MultiBlockMask(targets=targets):
+            return f"{pixels}, context, {targets} targets"
 
 
 def _scale(augmentation: Augmentation) -> int:
@@ -222,78 +358,10 @@ def _scale(augmentation: Augmentation) -> int:
     return max(1, round(LEAST_CELL_PIXELS / max(view.size for view in augmentation.views)))
 
 
-def contact_sheet(cells: Sequence[Cell], groups: Sequence[Group], title: str) -> Image.Image:
-    """One row per cell: the original, then a block of pictures per group."""
-    cell_side = max(group.side for group in groups)
-    originals = [_fitted(cell.original, cell_side) for cell in cells]
-    row_height = GROUP_GAP + max(
-        *(original.height + CAPTION_HEIGHT for original in originals),
-        *(min(group.count, group.per_column) * (group.side + GAP) - GAP for group in groups),
-    )
-    lefts = [MARGIN + cell_side + GROUP_GAP]
-    for group in groups:
-        lefts.append(lefts[-1] + group.width + GROUP_GAP)
-    width = max(lefts[-1] - GROUP_GAP, MARGIN + _text_width(title, 18)) + MARGIN
-    top = MARGIN + TITLE_HEIGHT + HEADING_HEIGHT
-    sheet = Image.new("RGB", (width, top + len(cells) * row_height), PAPER)
-    draw = ImageDraw.Draw(sheet)
-
-    draw.text((MARGIN, MARGIN), title, INK, _font(18))
-    headings = [("original", "", MARGIN)] + [
-        (group.heading, group.small_print, left) for group, left in zip(groups, lefts, strict=False)
-    ]
-    for heading, small_print, left in headings:
-        draw.text((left, MARGIN + TITLE_HEIGHT), heading, INK, _font(15))
-        draw.text((left, MARGIN + TITLE_HEIGHT + 18), small_print, FAINT, _font(12))
-    for number, (cell, original) in enumerate(zip(cells, originals, strict=True)):
-        y = top + number * row_height
-        sheet.paste(original, (MARGIN, y))
-        below = y + original.height + 3
-        draw.text((MARGIN, below), _cut(cell.caption, cell_side, 13), INK, _font(13))
-        draw.text((MARGIN, below + 16), _cut(cell.small_print, cell_side, 11), FAINT, _font(11))
-        views = iter(cell.views)
-        for group, left in zip(groups, lefts, strict=False):
-            for place in range(group.count):
-                x_in_block, y_in_block = group.place(place)
-                picture = next(views).resize((group.side, group.side), Image.Resampling.NEAREST)
-                sheet.paste(picture, (left + x_in_block, y + y_in_block))
-    return sheet
-
-
-def _fitted(picture: Image.Image, side: int) -> Image.Image:
-    """At most side x side: shrunk smoothly, or enlarged by a whole number without smoothing."""
-    factor = side / max(picture.size)
-    method = Image.Resampling.LANCZOS
-    if factor >= 1:
-        factor, method = int(factor), Image.Resampling.NEAREST
-    shape = tuple(max(1, round(length * factor)) for length in picture.size)
-    return picture.resize((shape[0], shape[1]), method)
-
-
 def _class_name(label: int, classes: tuple[str, ...]) -> str:
     if label < 0:
         return "no label"
     return classes[label] if label < len(classes) else f"class {label}"
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """matplotlib's own: Pillow's default one has few characters beyond ASCII."""
-    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    return ImageFont.truetype(fonts / "DejaVuSans.ttf", size)
-
-
-def _text_width(text: str, size: int) -> int:
-    return math.ceil(_font(size).getlength(text))
-
-
-def _cut(text: str, width: int, size: int) -> str:
-    """The text, or as much of its beginning as fits, with dots."""
-    if _text_width(text, size) <= width:
-        return text
-    while text and _text_width(text + "...", size) > width:
-        text = text[:-1]
-    return text + "..."
 
 
 def _short(uri: str) -> str:

@@ -1,0 +1,189 @@
+"""The README's tables: made of lines that are written here by hand."""
+
+import json
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import recipes
+
+ROOT = Path(__file__).resolve().parent.parent
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(ROOT / "tools"))
+    tables: Any = import_module("readme_tables")
+
+WHERE = {
+    "date": "2026-11-22T09:00:00+00:00",
+    "machine": {"processor": "AMD EPYC", "cores": 2, "memory_bytes": 8, "system": "Linux"},
+    "versions": {"python": "3.11.7", "torch": "2.14.1", "nvidia-dali-cuda130": "2.4.0"},
+    "samples": 44,
+}
+
+
+def agreement(name: str, engine: str, *levels: float, **other: Any) -> dict[str, Any]:
+    mean, percentile, maximum = levels or (0.0, 0.0, 0.0)
+    line = {
+        "kind": "op",
+        "name": name,
+        "engine": engine,
+        "against": "reference",
+        "approximate": [],
+        "supported": True,
+        "reason": "",
+        "mean_levels": mean,
+        "percentile_99_levels": percentile,
+        "maximum_levels": maximum,
+        "limit_levels": 2.0,
+        "holds": True,
+    }
+    return line | WHERE | other
+
+
+def speed(recipe: str, engine: str, rate: float, **other: Any) -> dict[str, Any]:
+    line = {
+        "recipe": recipe,
+        "engine": engine,
+        "threads": 2,
+        "output": "float32",
+        "images_per_second": rate,
+        "decode_images_per_second": 1400.0,
+        "peak_memory_bytes": 10**8,
+        "batch_size": 64,
+    }
+    return line | WHERE | other
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0, "0"), (0.0000312, "0.000031"), (0.18, "0.18"), (0.1999, "0.2"), (1, "1"),
+        (4.25, "4.2"), (57.4, "57"), (255, "255"), (0.5, "0.5"), (120.4, "120"),
+    ],
+)  # fmt: skip
+def test_numbers_have_two_digits_and_no_exponent(value: float, shown: str) -> None:
+    assert tables.number(value) == shown
+
+
+def test_agreement_is_a_table_of_ops_and_one_of_recipes() -> None:
+    lines = [
+        agreement("flip", "fused"),
+        agreement("flip", "dali", 1.0, 1, 1),  # an earlier measurement
+        agreement("flip", "dali", 0.25, 1, 3),
+        agreement("flip", "dali", 0.5, 1, 4, against="fused"),
+        agreement("Equalize", "fused", 0.00003, 0, 1),
+        agreement("Equalize", "dali", 0.8, 3, 9, approximate=["equalize-opencv"]),
+        agreement("Equalize", "dali", supported=False, reason="no way", against="fused"),
+        agreement("dino", "fused", 0.2, 1, 7, kind="recipe"),
+    ]
+    assert tables.agreement_table(lines).splitlines() == [
+        "| op | `fused` | `dali` | `dali` and `fused` |",
+        "| --- | --- | --- | --- |",
+        "| flip | 0 / 0 / 0 | 0.25 / 1 / 3 | 0.5 / 1 / 4 |",
+        "| Equalize | <0.0001 / 0 / 1 | needs equalize-opencv: 0.8 / 3 / 9 | no: no way |",
+        "",
+        "| whole recipe | `fused` | `dali` | `dali` and `fused` |",
+        "| --- | --- | --- | --- |",
+        "| dino | 0.2 / 1 / 7 |  |  |",
+    ]
+    section = tables.agreement_section(lines)
+    assert section.splitlines()[0] == "| op | `fused` | `dali` |"
+    assert "Between `fused` and `dali` no mean is above 0.5 (flip). All limits hold." in section
+    assert "44 photographs." in section
+    assert "Measured 2026-11-22 on 2 cores of AMD EPYC; python 3.11.7" in section
+    assert "DALI 2.4.0" in section
+    broken = tables.agreement_section([*lines, agreement("hue", "fused", 3, 4, 5, holds=False)])
+    assert "Beyond their limit: hue." in broken
+    turned = agreement("Rotate", "dali", 3, 4, 5, approximate=["affine-bilinear"])
+    said = tables.agreement_section([*lines, turned])
+    assert "All limits hold but those of what is approximated: Rotate." in said
+
+
+def test_speed_is_rates_and_what_the_best_of_ours_is_worth() -> None:
+    lines = [
+        speed("dino", "fused", 520.0, decode_share=0.38, times_peer={"torchvision": 8.66}),
+        speed("dino", "dali", 80.0),
+        speed("dino", "torchvision", 60.0),
+        speed("dino", "fused", 300.0, threads=1),
+        speed("dino", "fused", 900.0, output="uint8"),
+        speed("mae", "dali", 600.0, cannot_express={"torchvision": "no reason"}),
+        speed("mae", "fused", 1200.4),
+        speed("mae", "dali_native", 500.0),
+    ]
+    assert tables.speed_section(lines).splitlines()[:9] == [
+        "| images/s | decoding alone | `fused` | `dali` | `torchvision` | `dali_native` |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| dino | 1,400 | 520 | 80 | 60 |  |",
+        "| mae | 1,400 | 1,200 | 600 | cannot | 500 |",
+        "",
+        "| recipe | best of ours | of decoding alone | vs `torchvision` | vs `dali_native` |",
+        "| --- | --- | --- | --- | --- |",
+        "| dino | `fused` | 0.38 | 8.7 x |  |",
+        "| mae | `fused` | 0.86 |  | 2.4 x |",
+    ]
+    assert "2 threads, batches of 64." in tables.speed_section(lines)
+
+
+def test_all_recipes_are_listed() -> None:
+    rows = tables.recipes_section().splitlines()
+    assert len(rows) == 2 + len(recipes.NAMED)
+    dino = next(row for row in rows if row.startswith("| `dino` |"))
+    assert dino.endswith("| 2 x 224 + 8 x 96 | 1 |")
+    assert all(re.fullmatch(r"\|( [^|]+ \|){4}", row) for row in rows[2:])
+
+
+def test_only_what_is_between_the_markers_is_replaced() -> None:
+    text = "a\n<!-- speed -->\nold\n\nolder\n<!-- /speed -->\nb <!-- agreement -->"
+    assert tables.replaced(text, "speed", "new") == (
+        "a\n<!-- speed -->\nnew\n<!-- /speed -->\nb <!-- agreement -->"
+    )
+    assert tables.replaced("no markers", "speed", "new") == "no markers"
+    once = tables.replaced(text, "speed", "new")
+    assert tables.replaced(once, "speed", "new") == once
+    start, end = "<!-- speed -->", "<!-- /speed -->"
+    for wrong in (start, end, end + start, start + start + end, start + end + end):
+        with pytest.raises(tables.TableError, match="must both be there once"):
+            tables.replaced(wrong, "speed", "new")
+
+
+@pytest.fixture
+def readme(tmp_path: Path) -> Path:
+    path = tmp_path / "README.md"
+    path.write_text("# Title\n<!-- agreement -->\n<!-- /agreement -->\nend\n")
+    (tmp_path / "lines.jsonl").write_text(json.dumps(agreement("flip", "fused")) + "\n")
+    return path
+
+
+def test_the_readme_is_rewritten_whole_or_not_at_all(
+    readme: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, old = readme.with_name("lines.jsonl"), readme.read_text()
+    arguments = ["--readme", str(readme), "--agreement", str(lines)]
+    assert tables.main([*arguments, "--check"]) == 1
+    assert readme.read_text() == old
+    assert "differs" in capsys.readouterr().err
+    assert tables.main(arguments) == 0
+    written = readme.read_text()
+    assert "| flip | 0 / 0 / 0 |" in written
+    assert written.startswith("# Title\n<!-- agreement -->\n|")
+    assert written.endswith("\n<!-- /agreement -->\nend\n")
+    assert tables.main([*arguments, "--check"]) == 0
+    assert [path.name for path in readme.parent.iterdir() if "partial" in path.name] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [("", "has no JSON lines"), ("[1]\n", "has no JSON lines"), ("{", "has no JSON lines"),
+     ('{"kind": "op"}', "a line has no 'date'")],
+)  # fmt: skip
+def test_other_files_are_refused(
+    readme: Path, capsys: pytest.CaptureFixture[str], content: str, sentence: str
+) -> None:
+    lines, old = readme.with_name("lines.jsonl"), readme.read_text()
+    lines.write_text(content)
+    assert tables.main(["--readme", str(readme), "--agreement", str(lines)]) == 2
+    assert sentence in capsys.readouterr().err
+    assert readme.read_text() == old
