@@ -1,0 +1,362 @@
+"""What bounds a training run: the same run with real and with synthetic data, in turns.
+
+    python tools/bench_training.py --method dino --data.train DIR [options of training/train.py]
+
+Starts `training/train.py` itself, several times in a temporary directory, with the run's engine and
+with `synthetic`, reads its metrics.jsonl and ends it after some steps. The model alone is the
+synthetic run. The parts of the input are then measured alone (`bench_alone.py`), and a rule
+(`bench_bound.py`) makes one sentence of all these rates.
+
+It is about one process. For one rank of several, give it its share of the cores (--data.threads).
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean, median_low
+from typing import Any
+
+import torch
+from bench_alone import (
+    DECODING,
+    data_files,
+    first_samples,
+    forget,
+    loader_alone,
+    read_alone,
+    transfer_alone,
+)
+from bench_bound import Measured, Setting, decide, sentence
+from bench_proc import processor
+from bench_segment import BenchError, Segment, device_of, run_segment, settling_steps
+
+from pipelines.loader import usable_cores
+from shards.atomic import atomic_file
+from shards.store import open_store
+from training.checkpoint import versions
+from training.command_line import parse_command_line
+from training.config import Config, total_steps
+from training.ending import EXPECTED_ERRORS
+from training.samples import (
+    largest_side_pixels,
+    open_train,
+    open_training_loader,
+    read_subset,
+    with_paths,
+)
+from training.world import World
+
+START_SECONDS = 15.0  # of a run until it is measured; a guess, corrected as time passes
+FROM_STORAGE = 0.9  # share of the bytes from which a reading counts as one from storage
+UNSTEADY = 0.1  # difference between rounds that is worth a word
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        for option in ("--run.out", "--run.resume"):
+            if any(text.partition("=")[0] == option for text in rest):
+                raise BenchError(f"{option} has no place here: runs are temporary")
+        config = parse_command_line(rest, lambda path: largest_side_pixels(open_train(path)))
+        config, _ = with_paths(config)
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+        result = measure(options, rest, config)
+        print(shown(result))
+        if options.json is not None:
+            with atomic_file(options.json) as file:
+                file.write((json.dumps(result) + "\n").encode())
+    except (BenchError, *EXPECTED_ERRORS) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --method METHOD [options] [options of training/train.py]",
+        description="Say what bounds a training run: storage, decoding, augmentation, the transfer "
+        "to the device, or the model.",
+        epilog="""Every other option is one of training/train.py and is given to it.
+
+examples:
+  python tools/bench_training.py --method dino --data.train data/imagenet
+  python tools/bench_training.py --method mae --backbone vit_small_patch16_224 --data.batch-size 64
+  python tools/bench_training.py --method simclr --cache cold --rounds 3 --json simclr.json""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_positive(float),
+        default=20.0,
+        help="of every start of the run; default: 20",
+    )
+    parser.add_argument(
+        "--rounds", type=_positive(int), default=2, help="starts with each kind of data; default: 2"
+    )
+    parser.add_argument(
+        "--cache",
+        choices=("auto", "cold", "warm"),
+        default="auto",
+        help="cold: drop the data from the page cache before each start; auto: if the data exceed "
+        "half of the memory",
+    )
+    parser.add_argument("--json", type=Path, help="store everything here, as one line of JSON")
+    return parser
+
+
+def _positive(kind: type[int] | type[float]) -> Any:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(0)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+        return value
+
+    return parse
+
+
+class Progress:
+    """Says on stderr what is being done, and how long this and the rest may take."""
+
+    def __init__(self, parts: Sequence[tuple[str, float]]) -> None:
+        """parts: (name, expected seconds) of what will be done, in this order."""
+        self._parts = parts
+        self._done, self._began = 0, time.perf_counter()
+
+    def next(self) -> None:
+        expected = [seconds for _, seconds in self._parts]
+        behind, left = sum(expected[: self._done]), sum(expected[self._done :])
+        if behind > 0:  # as much slower or faster than expected as what is done
+            left *= (time.perf_counter() - self._began) / behind
+        text = f"[{self._done + 1}/{len(self._parts)}] {self._parts[self._done][0]}"
+        print(f"{text}; about {left:.0f} s left", file=sys.stderr, flush=True)
+        self._done += 1
+
+
+def measure(
+    options: argparse.Namespace, arguments: Sequence[str], config: Config
+) -> dict[str, Any]:
+    """Everything, one after the other; JSON-ready."""
+    device, threads = device_of(config), config.data.threads or usable_cores()
+    store = open_store(str(config.data.train), "train")
+    subset = read_subset(config.data.subset, store)
+    with open_training_loader(
+        config, store, subset, World(device=device), config.data.engine
+    ) as it:
+        engine, steps = it.engine_name, total_steps(config.run, it.steps_per_epoch)
+    if engine == "synthetic":
+        raise BenchError("--data.engine synthetic is what a run is compared with: leave it out")
+    needed = 3 * settling_steps(config)
+    if steps < needed:
+        raise BenchError(f"the run has {steps} steps, too few to measure: give it {needed} or more")
+    files = data_files(store)
+    exceeds_memory = sum(path.stat().st_size for path in files) > _memory_bytes() / 2
+    cold = options.cache == "cold" or (options.cache == "auto" and exceeds_memory)
+    turns = [("synthetic", engine), (engine, "synthetic")] * options.rounds
+    order = [name for turn in turns[: options.rounds] for name in turn]
+    progress = Progress(
+        [
+            ("reading alone", 3.0),
+            *(
+                (f"training with the {name} engine", options.seconds + START_SECONDS)
+                for name in order
+            ),
+            ("decoding alone", options.seconds / 2 + 3),
+            ("the whole loader alone", options.seconds / 2 + 3),
+        ]
+    )
+
+    progress.next()
+    ids = first_samples(config, store, subset)
+    bytes_per_image = fmean(encoded.size for encoded in store.read(ids))
+    packed = len(files) < len(store)
+    asked = forget(files)
+    if cold and not asked:
+        raise BenchError("--cache cold: this system cannot be asked to drop files from its cache")
+    first_rate, fetched_share = read_alone(store, ids, threads)
+    was_cold = asked and (fetched_share is None or fetched_share >= FROM_STORAGE)
+    cached_rate = max(read_alone(store, ids, threads)[0] for _ in range(3))
+    del store  # the kernel drops nothing that is mapped
+
+    segments: dict[str, list[Segment]] = {name: [] for name in order}
+    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as directory:
+        for number, name in enumerate(order):
+            progress.next()
+            if cold:
+                forget(files)
+            out = Path(directory) / f"{number}-{name}"
+            segments[name].append(run_segment(arguments, config, name, out, options.seconds))
+
+    store = open_store(str(config.data.train), "train")
+    progress.next()
+    tiny = replace(config, augmentation=DECODING)
+    decode_rate = loader_alone(tiny, store, ids, engine, options.seconds / 2)
+    progress.next()
+    loader_rate = loader_alone(config, store, ids, engine, options.seconds / 2)
+
+    rounds = list(zip(segments[engine], segments["synthetic"], strict=True))
+    real, synthetic = _middle(rounds)
+    from_storage = _from_storage(real, bytes_per_image)
+    run_was_cold = cold if from_storage is None else from_storage > 0.5
+    shares_cores = device.type == "cpu" and real.is_busy
+    measured = Measured(
+        real=real.rate,
+        synthetic=synthetic.rate,
+        wait_share=real.input_share,
+        synthetic_wait_share=synthetic.input_share,
+        storage=first_rate if was_cold and run_was_cold else cached_rate,
+        cached=cached_rate,
+        decode=decode_rate,
+        loader=loader_rate,
+        transfer=transfer_alone(config, engine, bytes_per_image),
+        shares_cores=shares_cores,
+    )
+    setting = Setting(engine, device.type, threads, usable_cores(), packed, shares_cores)
+    verdict = decide(measured)
+    return {
+        "method": config.method,
+        "preset": config.preset,
+        "backbone": config.backbone,
+        "batch_size": config.data.batch_size,
+        "train": str(config.data.train),
+        **asdict(setting),
+        "verdict": verdict.bound,
+        "sentence": sentence(measured, verdict, setting),
+        "lost_share": verdict.lost,
+        "wait_share": real.wait_share,
+        "device_idle_share": real.idle_share,
+        "busy_share": real.busy_share,
+        "shares": verdict.shares,
+        "contention_share": verdict.contention,
+        "rates": {
+            "real": real.rate,
+            "synthetic": synthetic.rate,
+            "storage_cold": first_rate if was_cold else None,
+            "storage_cached": cached_rate,
+            "decode": decode_rate,
+            "loader": loader_rate,
+            "transfer": measured.transfer,
+        },
+        "real": [segment.record() for segment in segments[engine]],
+        "synthetic": [segment.record() for segment in segments["synthetic"]],
+        "from_storage_share": from_storage,
+        "cold_reading_from_storage_share": fetched_share if asked else None,
+        "samples_alone": len(ids),
+        "bytes_per_image": bytes_per_image,
+        "versions": versions(engine),
+        "machine": machine(device),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _middle(rounds: Sequence[tuple[Segment, Segment]]) -> tuple[Segment, Segment]:
+    """The round whose ratio of (real, synthetic) rates is the median: machines drift."""
+    ratios = [real.rate / synthetic.rate for real, synthetic in rounds]
+    return rounds[ratios.index(median_low(ratios))]
+
+
+def _from_storage(segment: Segment, bytes_per_image: float) -> float | None:
+    """Share of the bytes that a run took which were not in the page cache."""
+    if segment.fetched_bytes is None:
+        return None
+    return min(1.0, segment.fetched_bytes / (segment.images * bytes_per_image))
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures belong to."""
+    return {
+        "processor": processor(),
+        "cores": usable_cores(),
+        "memory_bytes": _memory_bytes(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "system": platform.platform(),
+    }
+
+
+def shown(result: dict[str, Any]) -> str:
+    """For people: the rates and the sentence."""
+    rates = result["rates"]
+    megabytes = result["bytes_per_image"] / 1e6
+
+    def run(name: str) -> str:
+        rounds = [segment["images_per_second"] for segment in result[name]]
+        waits = [segment["wait_share"] for segment in result[name]]
+        return (
+            f"{rates[name]:12,.1f} images/s  ({min(rounds):,.1f} to {max(rounds):,.1f} in "
+            f"{len(rounds)} starts), wait share {min(waits):.1%} to {max(waits):.1%}"
+        )
+
+    def part(name: str) -> str:
+        return f"{rates[name]:12,.1f} images/s"
+
+    def disk() -> str:
+        share = result["cold_reading_from_storage_share"]
+        if rates["storage_cold"] is not None:
+            return f"{part('storage_cold')}  ({rates['storage_cold'] * megabytes:,.0f} MB/s)"
+        if share is None:
+            return "not measured: this system cannot be asked to drop files from its page cache"
+        return (
+            f"not measured: {share:.0%} of the bytes came from there, the rest stayed in the page "
+            f"cache because other processes use it"
+        )
+
+    lines = [
+        f"{result['method']}, preset {result['preset']}, {result['backbone']}, batches of "
+        f"{result['batch_size']}, {result['engine']} engine with {result['threads']} threads, "
+        f"{result['device']}",
+        f"real data         {run('real')}",
+        f"synthetic data    {run('synthetic')}",
+        f"1 - real/synthetic    {result['lost_share']:.1%}, wait share {result['wait_share']:.1%}",
+    ]
+    if result["device_idle_share"] is not None:
+        lines[-1] += f", device idle {result['device_idle_share']:.1%}"
+    cached = rates["storage_cached"]
+    lines += [
+        f"alone, on {result['samples_alone']:,} of the run's samples and with its threads:",
+        f"  read from disk  {disk()}",
+        f"  read from cache {part('storage_cached')}  ({cached * megabytes:,.0f} MB/s)",
+        f"  decode          {part('decode')}",
+        f"  whole loader    {part('loader')}",
+    ]
+    if rates["transfer"] is not None:
+        lines.append(f"  copy to device  {part('transfer')}")
+    share = result["from_storage_share"]
+    if share is not None:
+        lines.append(f"The run itself got {share:.0%} of its bytes from storage.")
+    for name in ("real", "synthetic"):
+        rounds = [segment["images_per_second"] for segment in result[name]]
+        if max(rounds) > (1 + UNSTEADY) * min(rounds):
+            lines.append(
+                f"The rates with {name} data differ by {max(rounds) / min(rounds) - 1:.0%} between "
+                f"starts, and what is smaller than that means nothing: use a machine without other "
+                f"work, longer --seconds or more --rounds."
+            )
+    return "\n".join([*lines, "", result["sentence"]])
+
+
+if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # and remove what is there
+    sys.exit(main())
