@@ -14,8 +14,8 @@ Each word is Philox 4x32-10 of the run's seed (the 64-bit key) and a 128-bit cou
              bits 26-31  kind
 
 Scope SAMPLE is keyed by the sample id (index) and everything above; scope GROUP by the group's
-number in the epoch (index), with occurrence 0; scope ORDER belongs to `order`. The fields do not
-overlap, so two draws of a run never share a counter.
+number in the epoch (index), with occurrence 0; scope ORDER belongs to `permutation`. The fields do
+not overlap, so two draws of a run never share a counter.
 """
 
 import enum
@@ -66,34 +66,47 @@ class Kind(enum.IntEnum):
     HOLDOUT = 51  # and the one that holds samples out
 
 
-def counters(
+def owners(
     scope: Scope,
-    kind: Kind,
     index: NDArray[np.int64],
     *,
     epoch: int = 0,
     occurrence: NDArray[np.int32] | int = 0,
     view: int = 0,
-    ordinal: int = 0,
-    blocks: int = 1,
+) -> NDArray[np.uint32]:
+    """Words 0 to 2 of the counters of n draws, uint32 [n, 3]: whose they are.
+
+    index: int64 [n] in [0, ID_LIMIT); occurrence: in [0, OCCURRENCE_LIMIT); epoch: in
+    [0, EPOCH_LIMIT). Their owners check those once per batch. Raises PlanError for more views than
+    the layout has room for.
+    """
+    _require_room("view", view, _VIEW_LIMIT)
+    out = np.empty((len(index), 3), np.uint32)
+    out[:, 0] = index & 0xFFFFFFFF
+    out[:, 1] = epoch
+    out[:, 2] = (
+        (index >> 32) | (np.asarray(occurrence, np.int64) << 8) | (view << 18) | (scope << 28)
+    )
+    return out
+
+
+def counters(
+    whose: NDArray[np.uint32], kind: Kind, *, ordinal: int = 0, blocks: int = 1
 ) -> NDArray[np.uint32]:
     """Counters uint32 [n * blocks, 4] of n draws of `blocks` blocks each, one draw after another.
 
-    index: int64 [n] in [0, ID_LIMIT); occurrence: in [0, OCCURRENCE_LIMIT); epoch: in
-    [0, EPOCH_LIMIT). Their owners check those once per batch. Raises PlanError for more views, ops
-    of a kind or blocks than the layout has room for.
+    whose: uint32 [n, 3] by `owners`. Raises PlanError for more ops of a kind or blocks than the
+    layout has room for.
     """
-    for name, value, limit in (
-        ("view", view, _VIEW_LIMIT),
-        ("place among the ops of its kind", ordinal, _ORDINAL_LIMIT),
-        ("last block of random words", blocks - 1, _BLOCK_LIMIT),
-    ):
-        if not 0 <= value < limit:
-            raise PlanError(f"a draw's {name} is {value}; there is room for {limit}")
-    out = np.empty((len(index), blocks, 4), np.uint32)
-    out[:, :, 0] = (index & 0xFFFFFFFF)[:, None]
-    out[:, :, 1] = epoch
-    high = (index >> 32) | (np.asarray(occurrence, np.int64) << 8) | (view << 18) | (scope << 28)
-    out[:, :, 2] = high[:, None]
-    out[:, :, 3] = np.arange(blocks) + ((ordinal << 20) | (kind << 26))
+    _require_room("place among the ops of its kind", ordinal, _ORDINAL_LIMIT)
+    _require_room("last block of random words", blocks - 1, _BLOCK_LIMIT)
+    out = np.empty((len(whose), blocks, 4), np.uint32)
+    out[:, :, :3] = whose[:, None]
+    first = (ordinal << 20) | (kind << 26)
+    out[:, :, 3] = np.arange(first, first + blocks)
     return out.reshape(-1, 4)
+
+
+def _require_room(name: str, value: int, limit: int) -> None:
+    if not 0 <= value < limit:
+        raise PlanError(f"a draw's {name} is {value}; there is room for {limit}")

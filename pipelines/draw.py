@@ -7,10 +7,11 @@ What is stable: a draw depends on its op's kind and on how many ops of that kind
 view, not on the op's other neighbours. Inserting, removing or moving an op therefore changes the
 draws of later ops of the same kind only; changing a probability or a range never moves another
 draw. Views are numbered, so appending one keeps the draws of all before it. Nothing depends on the
-batch: `draw(ids)` cut into rows is `draw` of those ids.
+batch: `draw(ids)` cut into whole groups is `draw` of those ids.
 
-All arithmetic is exact or IEEE double and hence equal everywhere, but for `exp` and `log` in a
-crop's aspect ratio: where another CPU's libm rounds them differently, a box may be off by a pixel.
+All arithmetic is exact or IEEE double and hence equal everywhere, but for `exp` and `log` in aspect
+ratios and in a Beta variable: where another CPU rounds them differently, a box may be off by a
+pixel, a patch of a block mask may be another one, and a mixing weight differ in its last digit.
 """
 
 import itertools
@@ -161,16 +162,17 @@ def _columns(
                 "order": _JITTER_ORDERS[below(drawn[:, 5], len(_JITTER_ORDERS))],
             }
         case GaussianBlur():
-            apply = source.gate(kind, ordinal, op.probability)
-            drawn = source.words(kind, ordinal, blocks=1, scope=op.scope)[:, 1]
-            sigma = between(*op.sigma, uniforms(drawn))
+            own = source.words(kind, ordinal, blocks=1)
+            shared = own if op.scope == "sample" else source.words(kind, ordinal, 1, op.scope)
+            sigma = between(*op.sigma, uniforms(shared[:, 1]))
+            apply = uniforms(own[:, 0]) < op.probability
             return {"sigma": np.where(apply, sigma, np.float32(0))}
         case RandAugment():
             return _rand_augment(op, source.words(kind, ordinal, blocks=op.num_ops))
         case RandomCrop():
             drawn = source.words(kind, ordinal, blocks=1)[:, :2]
             missing = np.maximum(op.size - (sizes + 2 * op.padding_pixels), 0)
-            border = op.padding_pixels + missing
+            border = op.padding_pixels + missing  # on each side
             start = below(drawn, sizes + 2 * border - op.size + 1) - border
             return {"start": start.astype(np.int32)}
         case Flip() | Grayscale() | Solarize():
@@ -288,13 +290,13 @@ def draw(
     """The plan of a batch, or of `first` and the following samples of one.
 
     seed: in [0, 2^64). epoch: in [0, 2^32). position: see `Plan`; position + first says in which
-    groups the samples are. ids: int64 [B] in [0, 2^40). occurrences: int32 [B] in [0, 2^10).
-    sizes: int32 [B, 2] = height, width in pixels.
+    groups the samples are, in [0, 2^40). ids: int64 [B] in [0, 2^40). occurrences: int32 [B] in
+    [0, 2^10). sizes: int32 [B, 2] = height, width in pixels.
     Raises PlanError for values, shapes or dtypes outside of that, or samples that are no whole
     groups of the recipe.
     """
-    _check(seed, epoch, ids, occurrences, sizes)
     start, group = position + first, augmentation.group
+    _check(seed, epoch, start, ids, occurrences, sizes)
     if group > 1 and (start % group or len(ids) % group):
         raise PlanError(
             f"{len(ids)} samples from position {start} on are no whole groups of {group}, which "
@@ -334,11 +336,16 @@ def draw(
 def _check(
     seed: int,
     epoch: int,
+    start: int,
     ids: NDArray[np.int64],
     occurrences: NDArray[np.int32],
     sizes: NDArray[np.int32],
 ) -> None:
-    for name, value, limit in (("seed", seed, SEED_LIMIT), ("epoch", epoch, EPOCH_LIMIT)):
+    for name, value, limit in (
+        ("seed", seed, SEED_LIMIT),
+        ("epoch", epoch, EPOCH_LIMIT),
+        ("position", start, ID_LIMIT - len(ids)),
+    ):
         if not 0 <= value < limit:
             raise PlanError(f"{name} is {value}; it must be in [0, {limit})")
     batch = len(ids)

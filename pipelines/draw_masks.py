@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.counters import Kind
-from pipelines.masks import BlockMask, Mask, MultiBlockMask, RandomMask
+from pipelines.masks import BlockMask, Mask, MultiBlockMask, RandomMask, block_size
 from pipelines.philox import uniforms
 from pipelines.source import Source
 
-_BLOCK_ATTEMPTS = 128  # blocks that one sample may try; BEiT's 75 of 196 patches take about 20
+_BLOCK_ATTEMPTS = 128  # blocks that one sample may try; BEiT's 75 of 196 patches take 11, seldom 30
 _FAILURES_IN_A_ROW = 10
-_CONTEXT_ATTEMPTS = 20  # before another target may overlap the context
+_CONTEXT_ATTEMPTS = 20  # contexts, before another target may overlap them
 
 
 def mask(declared: Mask, size: int, source: Source) -> NDArray[np.bool_]:
@@ -47,13 +47,15 @@ def _random(declared: RandomMask, patches: int, source: Source) -> NDArray[np.bo
 
 
 def _blocks(declared: BlockMask, side: int, source: Source) -> NDArray[np.bool_]:
-    drawn = source.words(Kind.MASK, 0, blocks=1 + _BLOCK_ATTEMPTS)
-    gate, level = uniforms(drawn[:, :2]).T
+    blocks = 1 + _BLOCK_ATTEMPTS
+    drawn = source.words(Kind.MASK, 0, blocks).reshape(-1, blocks, 4)
+    gate, level = uniforms(drawn[:, 0, :2]).T
     ratio = declared.ratio[0] + level * (declared.ratio[1] - declared.ratio[0])
-    wanted = np.where(gate < declared.probability, (ratio * side * side).astype(np.int64), 0)
-    removed = np.zeros((len(drawn), side * side), np.bool_)
+    patches = side * side
+    wanted = np.where(gate < declared.probability, (ratio * patches).astype(np.int64), 0)
+    removed = np.zeros((len(drawn), patches), np.bool_)
     _remove_blocks(
-        drawn[:, 4:].reshape(-1, _BLOCK_ATTEMPTS, 4),
+        drawn,
         wanted,
         side,
         float(declared.min_patches),
@@ -79,10 +81,10 @@ def _remove_blocks(
     unit = 2.0**-32
     for row in range(random_words.shape[0]):
         left_over, failures = wanted[row], 0
-        for attempt in range(random_words.shape[1]):
+        for block in range(1, random_words.shape[1]):
             if left_over <= 0 or failures == _FAILURES_IN_A_ROW:
                 break
-            draws = random_words[row, attempt]
+            draws = random_words[row, block]
             area = min_patches + draws[0] * unit * (left_over - min_patches)
             aspect = math.exp(log_low + draws[1] * unit * (log_high - log_low))
             height = np.int64(np.rint(math.sqrt(area * aspect)))
@@ -104,14 +106,26 @@ def _remove_blocks(
 
 
 def _multi_block(declared: MultiBlockMask, side: int, source: Source) -> NDArray[np.bool_]:
-    tries = declared.targets + 1  # with every target kept out of the context, with one fewer, ...
-    sizes = uniforms(source.words(Kind.MASK, 0, blocks=1, scope="group")[:, :2])
-    target = _block_sizes(declared.target_scale, declared.target_aspect, side, sizes[:, 0])
-    context = _block_sizes(declared.context_scale, (1.0, 1.0), side, sizes[:, 1])
-    blocks = declared.targets + tries * _CONTEXT_ATTEMPTS
+    uniform = uniforms(source.group_words(Kind.MASK, 0, blocks=1)[:, :2]).tolist()
+    target = [
+        block_size(declared.target_scale, declared.target_aspect, side, of_target)
+        for of_target, _ in uniform
+    ]
+    context = [
+        block_size(declared.context_scale, (1.0, 1.0), side, of_context)
+        for _, of_context in uniform
+    ]
+    # With every target kept out of the context, with one fewer, ..., and once with none.
+    blocks = declared.targets + declared.targets * _CONTEXT_ATTEMPTS + 1
     places = source.words(Kind.MASK, 0, blocks=blocks).reshape(-1, blocks, 4)
     out = np.zeros((len(places), 1 + declared.targets, side, side), np.bool_)
-    _place_blocks(places, target, context, declared.min_keep, out)
+    _place_blocks(
+        places,
+        np.array(target, np.int64).reshape(-1, 2)[source.group_rows],
+        np.array(context, np.int64).reshape(-1, 2)[source.group_rows],
+        declared.min_keep,
+        out,
+    )
     out = out.reshape(*out.shape[:2], side * side)
     # Row 0 holds the context so far. Its k-th patch is kept in all samples of a group, or in none.
     rank = out[:, 0].cumsum(axis=1)
@@ -119,19 +133,6 @@ def _multi_block(declared: MultiBlockMask, side: int, source: Source) -> NDArray
     np.minimum.at(shortest, source.group_rows, rank[:, -1])
     out[:, 0] = ~(out[:, 0] & (rank <= shortest[source.group_rows, None]))
     return out
-
-
-def _block_sizes(
-    scale: tuple[float, float],
-    aspect: tuple[float, float],
-    side: int,
-    uniform: NDArray[np.float64],
-) -> NDArray[np.int64]:
-    """int64 [B, 2], height and width. One number decides area and aspect, as in the code."""
-    area = ((scale[0] + uniform * (scale[1] - scale[0])) * side * side).astype(np.int64)
-    ratio = aspect[0] + uniform * (aspect[1] - aspect[0])
-    sizes = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], axis=1)
-    return np.clip(np.rint(sizes), 1, max(side - 1, 1)).astype(np.int64)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -147,16 +148,16 @@ def _place_blocks(
         height, width = target[row]
         for index in range(targets):
             # The code's upper limit is exclusive: no block reaches the last row or column.
-            top = (np.int64(places[row, index, 0]) * max(side - height, 1)) >> 32
-            left = (np.int64(places[row, index, 1]) * max(side - width, 1)) >> 32
+            top = (np.int64(places[row, index, 0]) * (side - height)) >> 32
+            left = (np.int64(places[row, index, 1]) * (side - width)) >> 32
             out[row, 1 + index, top : top + height, left : left + width] = True
         height, width = context[row]
         kept = out[row, 0]
         for attempt in range(places.shape[1] - targets):
             draws = places[row, targets + attempt]
-            top = (np.int64(draws[0]) * max(side - height, 1)) >> 32
-            left = (np.int64(draws[1]) * max(side - width, 1)) >> 32
-            outside = max(targets - attempt // _CONTEXT_ATTEMPTS, 0)
+            top = (np.int64(draws[0]) * (side - height)) >> 32
+            left = (np.int64(draws[1]) * (side - width)) >> 32
+            outside = targets - attempt // _CONTEXT_ATTEMPTS
             kept[:] = False
             kept[top : top + height, left : left + width] = True
             for index in range(outside):

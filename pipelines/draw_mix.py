@@ -14,7 +14,8 @@ from pipelines.recipe import Draw, Integers, Mix, Permutation, RandomErasing, Un
 from pipelines.source import Source, below, between
 
 _ERASE_ATTEMPTS = 10
-_GAMMA_ATTEMPTS = 8  # each is accepted with a probability of 0.95 or more
+_BLOCKS_PER_BOX = 1 + _ERASE_ATTEMPTS  # a colour, then attempts at a place
+_GAMMA_ATTEMPTS = 8  # each is accepted with a probability above 0.95
 _MIX_BLOCKS = 2 + _GAMMA_ATTEMPTS
 
 Columns = dict[str, NDArray[Any]]
@@ -23,14 +24,14 @@ Columns = dict[str, NDArray[Any]]
 def erase(declared: RandomErasing, size: int, source: Source) -> Columns:
     """The columns of RandomErasing, for a view with sides of `size` pixels."""
     least, most = declared.count
-    per_box = 1 + _ERASE_ATTEMPTS  # a colour, then attempts at a place
-    drawn = source.words(Kind.ERASE, 0, blocks=1 + most * per_box)
-    head, boxes = drawn[:, :4], drawn[:, 4:].reshape(-1, most, per_box, 4)
+    blocks = 1 + most * _BLOCKS_PER_BOX
+    drawn = source.words(Kind.ERASE, 0, blocks).reshape(-1, blocks, 4)
+    head = drawn[:, 0]
     apply = uniforms(head[:, 0]) < declared.probability
     counts = np.where(apply, least + below(head[:, 1], most - least + 1), 0)
     box = np.zeros((len(drawn), most, 4), np.int32)
     _erase_boxes(
-        boxes,
+        drawn,
         counts,
         size,
         float(declared.area[0]),
@@ -43,7 +44,7 @@ def erase(declared: RandomErasing, size: int, source: Source) -> Columns:
         case "const":
             return {"box": box}
         case "rand":
-            return {"box": box, "color": normals(boxes[:, :, 0, :3] & 0xFFFF)}
+            return {"box": box, "color": normals(drawn[:, 1::_BLOCKS_PER_BOX, :3] & 0xFFFF)}
         case "pixel":
             key = head[:, 2].astype(np.uint64) | (head[:, 3].astype(np.uint64) << np.uint64(32))
             return {"box": box, "key": key}
@@ -65,8 +66,9 @@ def _erase_boxes(
     unit = 2.0**-32
     for row in range(random_words.shape[0]):
         for index in range(counts[row]):
-            for attempt in range(1, random_words.shape[2]):
-                draws = random_words[row, index, attempt]
+            first = 1 + index * _BLOCKS_PER_BOX
+            for block in range(first + 1, first + _BLOCKS_PER_BOX):
+                draws = random_words[row, block]
                 area = area_low + draws[0] * unit * (area_high - area_low)
                 area *= size * size / counts[row]
                 ratio = math.exp(log_low + draws[1] * unit * (log_high - log_low))
@@ -103,8 +105,7 @@ def mix(declared: Mix, size: int, source: Source) -> Columns:
         cut = np.full(samples, declared.cutmix_alpha > 0)
     weight = _symmetric_beta(np.where(cut, declared.cutmix_alpha, declared.mixup_alpha), drawn)
     weight = np.where(gate < declared.probability, weight, 1.0)
-    box = _cut_boxes(weight, drawn[:, 2:4], size)
-    box[~cut] = 0
+    box = np.where(cut[:, None], _cut_boxes(weight, drawn[:, 2:4], size), np.int32(0))
     outside = 1.0 - box[:, 2].astype(np.float64) * box[:, 3] / (size * size)
     return {
         "partner": partner.astype(np.int32),
@@ -117,37 +118,42 @@ def _symmetric_beta(alpha: NDArray[np.float64], drawn: NDArray[np.uint32]) -> ND
     """Beta(alpha, alpha), as one of two equally distributed gammas' share of their sum."""
     boosts = uniforms(drawn[:, 4:6])
     attempts = drawn[:, 8:].reshape(len(drawn), _GAMMA_ATTEMPTS, 2, 2)
-    first = _gamma(alpha, boosts[:, 0], attempts[:, :, 0])
-    second = _gamma(alpha, boosts[:, 1], attempts[:, :, 1])
-    return first / (first + second)
+    first = _log_gamma(alpha, boosts[:, 0], attempts[:, :, 0])
+    second = _log_gamma(alpha, boosts[:, 1], attempts[:, :, 1])
+    return np.exp(first - np.logaddexp(first, second))
 
 
-def _gamma(
+def _log_gamma(
     alpha: NDArray[np.float64], boost: NDArray[np.float64], attempts: NDArray[np.uint32]
 ) -> NDArray[np.float64]:
-    """Gamma(alpha), after Marsaglia and Tsang (2000): Gamma(alpha + 1) times U^(1 / alpha).
+    """The logarithm of a Gamma(alpha) variable, which itself may be too small for a double.
 
+    After Marsaglia and Tsang (2000): Gamma(alpha + 1) times U^(1 / alpha).
     attempts: uint32 [n, attempts, 2]. The last one is taken should all be refused.
     """
     d = alpha[:, None] + 1 - 1 / 3
     x = normals(attempts[:, :, 0] & 0xFFFF).astype(np.float64)
-    v = np.maximum(1 + x / np.sqrt(9 * d), 1e-9) ** 3
+    log_v = 3 * np.log(np.maximum(1 + x / np.sqrt(9 * d), 1e-9))
     uniform = 1.0 - uniforms(attempts[:, :, 1])  # in (0, 1]
-    accepted = np.log(uniform) < 0.5 * x * x + d - d * v + d * np.log(v)
+    accepted = np.log(uniform) < 0.5 * x * x + d - d * np.exp(log_v) + d * log_v
     accepted[:, -1] = True
     chosen = accepted.argmax(axis=1)
-    return (d[:, 0] * v[np.arange(len(v)), chosen]) * (1.0 - boost) ** (1 / alpha)
+    return np.log(d[:, 0]) + log_v[np.arange(len(log_v)), chosen] + np.log(1.0 - boost) / alpha
 
 
 def _cut_boxes(
     weight: NDArray[np.float64], centers: NDArray[np.uint32], size: int
 ) -> NDArray[np.int32]:
-    """int32 [B, 4]: timm's `rand_bbox`, a square of (1 - weight) of the area, clipped."""
+    """int32 [B, 4]: timm's `rand_bbox`, a square of (1 - weight) of the area, clipped.
+
+    All 0 where less than a pixel is left of it.
+    """
     side = (size * np.sqrt(1.0 - weight)).astype(np.int64)[:, None]
     center = below(centers, size)
     start = np.clip(center - side // 2, 0, size)
     end = np.clip(center + (side + 1) // 2, 0, size)
-    return np.concatenate([start, end - start], axis=1).astype(np.int32)
+    box = np.concatenate([start, end - start], axis=1)
+    return np.where(side > 0, box, 0).astype(np.int32)
 
 
 def declared_draw(declared: Draw, ordinal: int, source: Source) -> NDArray[Any]:

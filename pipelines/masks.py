@@ -4,7 +4,9 @@ A mask changes no pixel. `draw.draw` draws it, it travels beside the view in `Ba
 method does with it what its paper says. `recipe` puts masks into views; import from there.
 """
 
+import math
 from dataclasses import dataclass
+from typing import assert_never
 
 from pipelines.ops import require, require_probability, require_range
 
@@ -31,8 +33,8 @@ class BlockMask:
 
     A sample is masked with `probability`; then a ratio is drawn, and blocks of at least
     `min_patches` patches and of an aspect ratio log-uniform in `aspect` are removed until int(ratio
-    * N) patches are, or ten attempts in a row find no place (Bao et al. 2021, algorithm 1; beit
-    `masking_generator.py`; ibot `loader.py`). It never removes more.
+    * N) patches are, ten attempts in a row find no place, or 128 were made in all (Bao et al. 2021,
+    algorithm 1; beit `masking_generator.py`; ibot `loader.py`). It never removes more.
     Draws: the view's `mask` bool [B, N], row-major over patches, True = removed.
     """
 
@@ -56,9 +58,9 @@ class MultiBlockMask:
 
     Per group, as the code draws per batch: one size for all target blocks (area in `target_scale`,
     height / width in `target_aspect`) and one for the context (area in `context_scale`, square).
-    Per sample: where they lie. A context that keeps fewer than `min_keep` patches is drawn again,
-    and then with ever fewer target blocks taken out. The contexts of a group are cut, in row-major
-    order, to the length of the shortest, so that they stack (Assran et al. 2023; ijepa
+    Per sample: where they lie. A context that keeps no more than `min_keep` patches is drawn again,
+    every 20 times with one target block fewer taken out of it. The contexts of a group are cut, in
+    row-major order, to the length of the shortest, so that they stack (Assran et al. 2023; ijepa
     `masks/multiblock.py`).
     Draws: the view's `mask` bool [B, 1 + targets, N]: row 0 is True where a patch is *removed* from
     the context, row 1 + t True where a patch belongs to target t.
@@ -81,3 +83,44 @@ class MultiBlockMask:
 
 
 Mask = RandomMask | BlockMask | MultiBlockMask
+
+
+def block_size(
+    scale: tuple[float, float], aspect: tuple[float, float], side: int, uniform: float
+) -> tuple[int, int]:
+    """(height, width) in patches of one of I-JEPA's blocks, each in 1 .. side - 1.
+
+    uniform: in [0, 1]. The one number decides area and aspect ratio, as in the code.
+    """
+    area = int(side * side * (scale[0] + uniform * (scale[1] - scale[0])))
+    ratio = aspect[0] + uniform * (aspect[1] - aspect[0])
+    height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    return max(1, min(height, side - 1)), max(1, min(width, side - 1))
+
+
+def require_fit(mask: Mask, side: int, where: str) -> None:
+    """Raise RecipeError if side x side patches have no room for what is declared `where`."""
+    match mask:
+        case RandomMask():
+            pass
+        case BlockMask():
+            require(
+                side > 1, f"{where}: {side} x {side} patches have no room for BlockMask's blocks"
+            )
+        case MultiBlockMask():
+            uniforms = [number / 256 for number in range(257)]
+            contexts, targets = (
+                [math.prod(block_size(scale, aspect, side, uniform)) for uniform in uniforms]
+                for scale, aspect in (
+                    (mask.context_scale, (1.0, 1.0)),
+                    (mask.target_scale, mask.target_aspect),
+                )
+            )
+            for name, patches in (("contexts", min(contexts)), ("targets at most", max(targets))):
+                require(
+                    patches > mask.min_keep,
+                    f"{where}: MultiBlockMask has {name} of {patches} of {side} x {side} patches; "
+                    f"they must be more than its min_keep, {mask.min_keep}",
+                )
+        case _:
+            assert_never(mask)

@@ -6,18 +6,22 @@ samples need no more memory than ten.
 
 * Index set: all ids, or an explicit `subset` of them. `holdout` cuts it in two: the last fraction
   of a permutation fixed by the seed, not by the epoch, is part "holdout", the rest is "train".
-* Permutation: "full" permutes the whole set: a Feistel network over the next power of two, walked
-  until it lands inside (Black and Rogaway 2002). "window" permutes the shards, and samples only
-  inside runs of `window_shards` of them, so that remote shards are read one after the other; this
-  mixes less. "none" takes the ids in ascending order (evaluation).
-* Occurrences: with R of them, the sample at place q of the permutation stands at the positions
-  qR .. qR + R - 1, as occurrence 0 .. R - 1 (Hoffer et al. 2020). An epoch has R times the length.
+* Permutation: "full" permutes the whole set. "window" permutes the shards, and samples only inside
+  runs of `window_shards` of them, so that remote shards are read one after the other; this mixes
+  less. "none" takes the ids in ascending order (evaluation).
+* Occurrences: with R of them, the permutation repeats every sample R times on end, as occurrence
+  0 .. R - 1 (Hoffer et al. 2020), and a global batch is the next B of that sequence, sorted by
+  occurrence. Copies of a sample are thus at least floor(B / R) positions apart: no group of so many
+  holds a picture twice, which Mixup would mix with itself, nor does a share of R ranks or more. An
+  epoch has R times the length or, with `keep_length`, shows only the first of the permutation.
+
+DeiT's RASampler (deit `samplers.py`) is occurrences=3, keep_length=True: a step's global batch is
+made of the same places of the permutation. Two things differ. It deals the sequence to the ranks
+by turns, each rank gets every W-th, where ours gives them contiguous shares of a batch that is the
+same for every W. And it cuts the epoch to a multiple of 256 samples first, ours to whole batches.
 
 Memory: O(1) for "full" and "none", O(number of shards) for "window". A subset is kept as it is
 (8 bytes per id), and so are the ids of a part of a hold-out under "window" and "none".
-
-Keys come from Philox in scope ORDER. Four rounds are a strong pseudorandom permutation (Luby and
-Rackoff 1988) while few values are seen; an epoch shows all, so there are ten, as in NIST's FF1.
 """
 
 import hashlib
@@ -27,29 +31,16 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipelines.counters import (
-    EPOCH_LIMIT,
-    ID_LIMIT,
-    OCCURRENCE_LIMIT,
-    SEED_LIMIT,
-    Kind,
-    Scope,
-    counters,
-)
-from pipelines.philox import words
+from pipelines.counters import EPOCH_LIMIT, ID_LIMIT, OCCURRENCE_LIMIT, SEED_LIMIT, Kind
+from pipelines.permutation import permute
 
 ORDER_VERSION = 1
 
 Shuffle = Literal["full", "window", "none"]
 Part = Literal["train", "holdout"]
-
-_ROUNDS = 10
-_ROUNDS_PER_BLOCK = 2  # a round takes a 64-bit key, a block of Philox gives two
-_LEAST_BITS = 8  # narrower networks favour some permutations
 
 
 class OrderError(ValueError):
@@ -59,57 +50,6 @@ class OrderError(ValueError):
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise OrderError(message)
-
-
-@numba.njit(cache=True, nogil=True)
-def _permuted(
-    positions: NDArray[np.int64], size: int, keys: NDArray[np.uint64], out: NDArray[np.int64]
-) -> None:
-    bits = _LEAST_BITS
-    while size > 1 << bits:
-        bits += 1
-    low_bits = np.uint64(bits // 2)
-    high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-    low_mask = np.uint64((1 << (bits // 2)) - 1)
-    limit = np.uint64(size)
-    for row in range(positions.shape[0]):
-        value = np.uint64(positions[row])
-        while True:
-            high = value >> low_bits
-            low = value & low_mask
-            for turn in range(keys.shape[0]):
-                # The two halves take turns instead of changing places: they differ in width where
-                # the number of bits is odd. The mixer is SplitMix64's (Steele et al. 2014).
-                mixed = (low if turn % 2 == 0 else high) ^ keys[turn]
-                mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-                mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-                mixed = mixed ^ (mixed >> np.uint64(31))
-                if turn % 2 == 0:
-                    high ^= mixed & high_mask
-                else:
-                    low ^= mixed & low_mask
-            value = (high << low_bits) | low
-            if value < limit:
-                break
-        out[row] = value
-
-
-def permute(
-    positions: NDArray[np.int64], size: int, *, seed: int, kind: Kind, epoch: int, index: int = 0
-) -> NDArray[np.int64]:
-    """Where the permutation of [0, size) that belongs to (seed, kind, epoch, index) takes them.
-
-    positions: int64 [n] in [0, size). Returns int64 [n].
-    """
-    chosen = counters(
-        Scope.ORDER, kind, np.array([index]), epoch=epoch, blocks=_ROUNDS // _ROUNDS_PER_BLOCK
-    )
-    keys = words(seed, chosen).astype(np.uint64).reshape(_ROUNDS, 2)
-    keys = keys[:, 0] | (keys[:, 1] << np.uint64(32))
-    out = np.empty(len(positions), np.int64)
-    # A copy, because read-only memory would be another type to numba.
-    _permuted(np.array(positions, np.int64, order="C"), size, keys, out)
-    return out
 
 
 class _Windows(NamedTuple):
@@ -132,6 +72,8 @@ class Order:
     least one when it is not 0. The fraction is read as the decimal that it prints as: 0.29 of 100
     is 29. part: which side of the hold-out this order goes through.
     subset: distinct ids, in any order; the hold-out is then a fraction of the subset.
+    occurrences: how often an epoch shows each sample, each time differently augmented.
+    keep_length: an epoch has as many positions as with one occurrence.
     drop_last: training drops the positions after the last whole batch; evaluation (False) keeps
     them as a shorter last batch, so that it sees every sample exactly once.
     Raises OrderError for anything that cannot be, a batch larger than the epoch among it.
@@ -148,6 +90,7 @@ class Order:
     part: Part = "train"
     subset: NDArray[np.int64] | None = None
     drop_last: bool = True
+    keep_length: bool = False
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < SEED_LIMIT, f"seed is {self.seed}; it must be in [0, 2^64)")
@@ -159,6 +102,10 @@ class Order:
         _require(
             0 < self.occurrences <= OCCURRENCE_LIMIT,
             f"occurrences is {self.occurrences}; it must be in [1, {OCCURRENCE_LIMIT}]",
+        )
+        _require(
+            not self.keep_length or self.occurrences == 1 or self.shuffle != "none",
+            "keep_length needs a shuffle: without one, every epoch would show the same samples",
         )
         _require(
             self.shuffle in ("full", "window", "none"),
@@ -223,8 +170,23 @@ class Order:
             raise OrderError(
                 f"position {positions[wrong][0]} is not in an epoch of {self.epoch_length}"
             )
-        places = positions // self.occurrences
-        return self._ids(epoch, places), (positions % self.occurrences).astype(np.int32)
+        if self.occurrences == 1:
+            return self._ids(epoch, positions), np.zeros(len(positions), np.int32)
+        repeated = self._dealt(positions)
+        occurrences = (repeated % self.occurrences).astype(np.int32)
+        return self._ids(epoch, repeated // self.occurrences), occurrences
+
+    def _dealt(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where in the sequence of samples repeated on end: each batch is sorted by occurrence."""
+        batches = positions // self.batch_size
+        dealt = np.empty(len(positions), np.int64)
+        for batch in np.unique(batches).tolist():
+            first = batch * self.batch_size
+            sequence = np.arange(first, min(first + self.batch_size, self.epoch_length))
+            sequence = sequence[np.argsort(sequence % self.occurrences, kind="stable")]
+            chosen = batches == batch
+            dealt[chosen] = sequence[positions[chosen] - first]
+        return dealt
 
     def declaration(self) -> dict[str, Any]:
         """JSON-ready: all that determines the sequence, for the fingerprint.
@@ -245,6 +207,7 @@ class Order:
             "part": self.part,
             "subset": None if self.subset is None else _digest(self.subset),
             "drop_last": self.drop_last,
+            "keep_length": self.keep_length and self.occurrences > 1,
         }
 
     @property
@@ -263,7 +226,7 @@ class Order:
 
     @property
     def _positions(self) -> int:
-        return self._kept * self.occurrences
+        return self._kept if self.keep_length else self._kept * self.occurrences
 
     def _part(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Ids of the numbered members of the part, in the order of the hold-out's permutation."""

@@ -201,12 +201,22 @@ class Plan:
             f"position {self.position}; the first {len(shown)}:"
         ]
         for name, array in shown.arrays().items():
-            if name.endswith(".mask"):
-                values = [f"{int(row.sum())} of {row.size} removed" for row in array]
-            else:
-                values = [
-                    np.array2string(row, separator=" ", precision=3, suppress_small=True)
-                    for row in array
-                ]
-            lines.append(f"  {name:<22} " + "  ".join(values))
+            is_mask = name.startswith("view.") and name.endswith(".mask")
+            values = _mask_shown if is_mask else _shown
+            lines.append(f"  {name:<22} " + "  ".join(values(row) for row in array))
         return "\n".join(lines)
+
+
+def _shown(row: NDArray[Any]) -> str:
+    """On one line; the middle of what is long is left out."""
+    text = np.array2string(
+        row, max_line_width=1000, precision=3, suppress_small=True, threshold=16, edgeitems=3
+    )
+    return " ".join(text.split())
+
+
+def _mask_shown(mask: NDArray[np.bool_]) -> str:
+    if mask.ndim == 1:
+        return f"{mask.sum()} of {mask.size} removed"
+    targets = " + ".join(str(count) for count in mask[1:].sum(axis=1))
+    return f"{mask[0].sum()} of {mask[0].size} removed, targets of {targets}"

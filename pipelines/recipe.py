@@ -13,7 +13,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from pipelines.masks import BlockMask, Mask, MultiBlockMask, RandomMask
+from pipelines.masks import BlockMask, Mask, MultiBlockMask, RandomMask, require_fit
 from pipelines.ops import (
     GEOMETRY,
     RAND_AUGMENT_OPERATIONS,
@@ -251,6 +251,7 @@ class View:
                 f"view {self.name!r}: size {self.size} is no multiple of the mask's "
                 f"patch_pixels {self.mask.patch_pixels}",
             )
+            require_fit(self.mask, self.size // self.mask.patch_pixels, f"view {self.name!r}")
 
     @property
     def executed(self) -> tuple[Op, ...]:

@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.counters import Kind, Scope, counters
+from pipelines.counters import Kind, Scope, counters, owners
 from pipelines.ops import DrawScope
 from pipelines.philox import uniforms, words
 
@@ -39,35 +39,32 @@ class Source:
             return self.groups
         return np.arange(self.groups[0], self.groups[-1] + 1)
 
+    @cached_property
+    def _samples(self) -> NDArray[np.uint32]:
+        return owners(
+            Scope.SAMPLE,
+            self.ids,
+            epoch=self.epoch,
+            occurrence=self.occurrences,
+            view=self.view,
+        )
+
+    @cached_property
+    def _groups(self) -> NDArray[np.uint32]:
+        return owners(Scope.GROUP, self.own_groups, epoch=self.epoch, view=self.view)
+
     def words(
         self, kind: Kind, ordinal: int, blocks: int, scope: DrawScope = "sample"
     ) -> NDArray[np.uint32]:
         """uint32 [B, 4 * blocks]; equal within a group for scope "group"."""
         if scope == "group":
             return self.group_words(kind, ordinal, blocks)[self.group_rows]
-        chosen = counters(
-            Scope.SAMPLE,
-            kind,
-            self.ids,
-            epoch=self.epoch,
-            occurrence=self.occurrences,
-            view=self.view,
-            ordinal=ordinal,
-            blocks=blocks,
-        )
+        chosen = counters(self._samples, kind, ordinal=ordinal, blocks=blocks)
         return words(self.seed, chosen).reshape(len(self.ids), 4 * blocks)
 
     def group_words(self, kind: Kind, ordinal: int, blocks: int) -> NDArray[np.uint32]:
         """uint32 [groups of the batch, 4 * blocks]."""
-        chosen = counters(
-            Scope.GROUP,
-            kind,
-            self.own_groups,
-            epoch=self.epoch,
-            view=self.view,
-            ordinal=ordinal,
-            blocks=blocks,
-        )
+        chosen = counters(self._groups, kind, ordinal=ordinal, blocks=blocks)
         return words(self.seed, chosen).reshape(len(self.own_groups), 4 * blocks)
 
     def gate(self, kind: Kind, ordinal: int, probability: float) -> NDArray[np.bool_]:

@@ -12,10 +12,12 @@ import pytest
 from numpy.typing import ArrayLike, NDArray
 
 from training import config as configuration
+from training import samples
 from training.command_line import parse_command_line
 from training.config import Config, ConfigError
 from training.methods import dino, supervised
-from training.samples import read_subset
+from training.samples import open_training_loader, read_subset
+from training.world import World
 
 
 def parse(line: str, largest_side: int = 32) -> Config:
@@ -146,6 +148,17 @@ def test_a_method_from_outside_is_found_by_its_dotted_name(
     assert config.method == "outside_package.mine"
 
 
+def test_repeated_augmentation_reaches_the_order_of_training_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(samples, "open_loader", lambda *_, **options: options)
+    for line, copies in (("", 1), ("--data.repeated-augmentation 3", 3)):
+        config = parse(f"--method dino {line}")
+        options: Any = open_training_loader(config, STORE, None, World(), "auto")
+        assert (options["occurrences"], options["keep_length"]) == (copies, True)
+        assert options["batch_size"] == config.data.batch_size
+
+
 def test_a_length_in_epochs_is_rounded_to_steps() -> None:
     run = parse("--method dino --run.epochs 0.5").run
     assert configuration.total_steps(run, 9) == 4
@@ -177,6 +190,7 @@ def test_a_length_in_epochs_is_rounded_to_steps() -> None:
         ("--method dino --run.accumulate 0", "--run.accumulate is 0"),
         ("--method dino --data.holdout 1", "--data.holdout is 1.0"),
         ("--method dino --data.shuffle never", "'never'"),
+        ("--method dino --data.repeated-augmentation 0", "--data.repeated-augmentation is 0"),
         ("--method dino --optim.clip-norm 0", "--optim.clip-norm is 0.0"),
         ("--method dino --optim.learning-rate inf", "--optim.learning-rate is inf"),
         ("--method dino --augmentation.local.flip.probability 2", "Flip.probability is 2.0"),

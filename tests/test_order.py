@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipelines import order as order_module
+from pipelines import permutation
 from pipelines.counters import Kind
-from pipelines.order import Order, OrderError, Part, Shuffle, permute, rank_slice
+from pipelines.order import Order, OrderError, Part, Shuffle, rank_slice
+from pipelines.permutation import permute
 
 SHUFFLES: tuple[Shuffle, ...] = ("full", "window", "none")
 PARTS: tuple[Part, ...] = ("train", "holdout")
@@ -275,11 +277,105 @@ def test_none_is_the_identity_and_evaluation_ends_with_a_short_batch() -> None:
     assert make(3, 100).steps_per_epoch == 1
 
 
-def test_occurrences_stand_side_by_side() -> None:
-    once, _ = epoch_of(make(50, 5), 2)
-    ids, copies = epoch_of(make(50, 5, occurrences=3), 2)
-    assert np.array_equal(ids, np.repeat(once, 3))
-    assert np.array_equal(copies, np.tile([0, 1, 2], 50))
+# Occurrences
+
+
+def test_occurrences_are_dealt_out_in_each_batch() -> None:
+    order = make(100, 8, occurrences=3)
+    once, _ = epoch_of(make(100, 5), 2)
+    first, copies = order.global_batch(2, 0)
+    assert copies.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert first.tolist() == once[[0, 1, 2, 0, 1, 2, 0, 1]].tolist()
+    second, copies = order.global_batch(2, 1)  # which begins with the last copy of a sample
+    assert copies.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert second.tolist() == once[[3, 4, 5, 3, 4, 2, 3, 4]].tolist()
+
+
+@settings(deadline=None)
+@given(
+    samples=st.integers(1, 60),
+    batch_size=st.integers(1, 40),
+    occurrences=st.integers(2, 6),
+    keep_length=st.booleans(),
+    shuffle=st.sampled_from(["full", "window"]),
+    seed=st.integers(0, 1000),
+)
+def test_copies_of_a_sample_stand_far_apart(
+    samples: int,
+    batch_size: int,
+    occurrences: int,
+    keep_length: bool,
+    shuffle: Shuffle,
+    seed: int,
+) -> None:
+    order = make(
+        samples,
+        batch_size,
+        occurrences=occurrences,
+        keep_length=keep_length,
+        shuffle=shuffle,
+        seed=seed,
+    )
+    once, _ = epoch_of(make(samples, shuffle=shuffle, seed=seed), 3)
+    repeated = [(int(sample), copy) for sample in once for copy in range(occurrences)]
+    assert order.epoch_length == (samples if keep_length else samples * occurrences)
+    for step in range(order.steps_per_epoch):
+        ids, copies = order.global_batch(3, step)
+        first = step * batch_size
+        wanted = repeated[first : min(first + batch_size, order.epoch_length)]
+        assert sorted(zip(ids.tolist(), copies.tolist(), strict=True)) == sorted(wanted)
+        for sample in set(ids.tolist()):
+            places = np.flatnonzero(ids == sample)
+            assert (np.diff(places) >= len(ids) // occurrences).all()
+        assert np.array_equal(copies, np.sort(copies))
+
+
+@pytest.mark.parametrize(("occurrences", "world_size"), [(2, 2), (2, 4), (3, 3), (3, 4), (3, 16)])
+def test_no_rank_gets_a_picture_twice(occurrences: int, world_size: int) -> None:
+    order = make(500, 48, occurrences=occurrences)
+    for step in range(order.steps_per_epoch - 1):
+        ids, _ = order.global_batch(0, step)
+        for rank in range(world_size):
+            share = ids[rank_slice(48, world_size, rank)]
+            assert len(set(share.tolist())) == len(share)
+
+
+@pytest.mark.parametrize("world_size", [1, 4, 16])
+@pytest.mark.parametrize("samples", [1024, 1200, 1279])
+def test_keep_length_is_deits_sampler(samples: int, world_size: int) -> None:
+    """facebookresearch/deit `samplers.py`: which places of a permutation each step shows."""
+    batch_size = 64
+    repeated = [place for place in range(samples) for _ in range(3)]
+    total = math.ceil(samples * 3.0 / world_size) * world_size
+    repeated += repeated[: total - len(repeated)]
+    selected = samples // 256 * 256 // world_size
+    ranks = [repeated[rank:total:world_size][:selected] for rank in range(world_size)]
+    share = batch_size // world_size
+    theirs = [
+        sorted(place for own in ranks for place in own[step * share : (step + 1) * share])
+        for step in range(selected // share)
+    ]
+    order = make(samples, batch_size, occurrences=3, keep_length=True, drop_last=True)
+    once, _ = epoch_of(make(samples), 1)
+    place_of = {int(sample): place for place, sample in enumerate(once)}
+    ours = [
+        sorted(place_of[sample] for sample in order.global_batch(1, step)[0].tolist())
+        for step in range(order.steps_per_epoch)
+    ]
+    # Ours goes on to the last whole batch, theirs to the last whole 256.
+    assert len(theirs) == samples // 256 * 4
+    assert len(ours) == samples // 64
+    assert ours[: len(theirs)] == theirs
+
+
+def test_keep_length_shows_other_samples_in_every_epoch() -> None:
+    order = make(300, 10, occurrences=3, keep_length=True, drop_last=True)
+    assert order.epoch_length == 300
+    shown = [set(epoch_of(order, epoch)[0].tolist()) for epoch in range(30)]
+    assert {len(ids) for ids in shown} == {100}
+    assert len(set.union(*shown)) == 300
+    once = make(300, 10, keep_length=True, drop_last=True)
+    assert np.array_equal(epoch_of(once, 0)[0], epoch_of(make(300, 10), 0)[0])
 
 
 def test_order_survives_pickling() -> None:
@@ -298,6 +394,7 @@ def test_declaration_holds_what_determines_the_order() -> None:
         make(100, 10, seed=1),
         make(100, 10, shuffle="none"),
         make(100, 10, occurrences=2),
+        make(100, 10, occurrences=2, keep_length=True),
         make(100, 10, holdout=0.1),
         make(100, 10, holdout=0.1, part="holdout"),
         make(100, 10, drop_last=True),
@@ -308,8 +405,9 @@ def test_declaration_holds_what_determines_the_order() -> None:
     ]
     texts = [json.dumps(order.declaration(), sort_keys=True) for order in changed]
     assert len({json.dumps(base, sort_keys=True), *texts}) == len(changed) + 1
-    # Other shards of the same samples change nothing where they are not used.
+    # What changes nothing is not told: other shards where they are not used,
     assert make(100, 10, shards=6, window_shards=2).declaration() == base
+    assert make(100, 10, keep_length=True).declaration() == base  # the length of one occurrence
 
 
 def test_the_stream_is_what_it_was() -> None:
@@ -326,7 +424,7 @@ def test_permutation_compiles_once() -> None:
     order.at(0, positions)
     order.at(0, positions[::2])
     order.at(0, positions.astype(np.int32))  # pyright: ignore[reportArgumentType]
-    assert len(order_module._permuted.signatures) == 1
+    assert len(permutation._permuted.signatures) == 1
 
 
 @settings(deadline=None)
@@ -362,6 +460,8 @@ def test_training_shares_are_equal_and_hold_whole_groups(
         ({"seed": -1}, "seed is -1"),
         ({"occurrences": 0}, "occurrences is 0"),
         ({"occurrences": 1025}, "occurrences is 1025"),
+        ({"occurrences": 2, "keep_length": True, "shuffle": "none"}, "keep_length needs a shuffle"),
+        ({"batch_size": 11, "occurrences": 3, "keep_length": True, "drop_last": True}, "of 10 pos"),
         ({"shuffle": "some"}, "'some'"),
         ({"part": "test"}, "'test'"),
         ({"holdout": 1.0}, "holdout is 1.0"),
