@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipelines.declaration import augmentation_from
-from pipelines.recipes import center, dino
+from pipelines.recipes import center, deit, dino
 from shards.store import Store, open_store
 from training.backbones import EncoderFactory, export, read_initial
 from training.config import Config, ConfigError, Data, Run, find_method, method_names
@@ -185,7 +185,7 @@ def test_a_method_gets_batches_and_its_own_mode_between_them(data: Path) -> None
     encoder = MeanColour()
     way = FeaturePass(
         open_store(data / "train"),
-        {"test": TEST_VIEW, "dino": dino(32, 16, 2)},
+        {"test": TEST_VIEW, "dino": dino(32, 16, 2), "deit": deit(32, group=8)},
         batch_size=16,
         engine="reference",
         world=World(),
@@ -202,6 +202,8 @@ def test_a_method_gets_batches_and_its_own_mode_between_them(data: Path) -> None
     held_out = [int(i) for ids, _ in replace(way, part="holdout").features(encoder) for i in ids]
     assert len(seen) == len(held_out) == 30
     assert sorted(seen + held_out) == list(range(60))
+    alone = [int(i) for ids, _ in way.features(encoder, "deit") for i in ids]
+    assert sorted(alone) == sorted(seen), "30 are no whole groups of 8, and nothing is mixed"
     with pytest.raises(ValueError, match="one view per image; 'dino' has 4"):
         next(way.features(encoder, "dino"))
 

@@ -17,7 +17,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipelines import recipes
+from pipelines.engines import finishes
 from pipelines.recipe import Augmentation
 from shards.atomic import atomic_file
 
@@ -167,12 +170,17 @@ def speed_section(lines: Sequence[Line]) -> str:
 
 
 def recipes_section() -> str:
-    """The named recipes: what each is, its views, and how many deviations it lists."""
-    rows = [["recipe", "what it is", "views", "deviations listed"]]
+    """The named recipes: what each is, its views, how many deviations it lists, its GPU graph."""
+    from pipelines.engines.dali_inspect import graph_of
+
+    rows = [["recipe", "what it is", "views", "deviations", "nodes of the GPU graph"]]
     for name, recipe in recipes.NAMED.items():
         what = (recipe.__doc__ or "").partition("\n\n")[0]
         listed = len(recipe().deviations)
-        rows.append([f"`{name}`", what, views(recipe()), str(listed or "none")])
+        whole = finishes("dali", recipe(), "cpu", torch.float32)
+        nodes = graph_of(recipe(), "gpu", torch.float32 if whole else None).counts()
+        shown = f"{nodes['all']}, {nodes['gpu']} on the GPU"
+        rows.append([f"`{name}`", what, views(recipe()), str(listed or "none"), shown])
     return markdown(rows)
 
 

@@ -6,7 +6,7 @@ sample is seen exactly once for any number of ranks; each rank keeps its own sha
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -72,9 +72,11 @@ class FeaturePass:
                 f"features are taken of one view per image; {augmentation.name!r} has "
                 f"{len(augmentation.flat_views)}"
             )
+        # One picture has one feature: no partner's pixels, and no whole groups to be had at the end.
+        alone = replace(augmentation, mix=None, group=1)
         with open_loader(
             self.store,
-            augmentation,
+            alone,
             batch_size=self.batch_size * self.world.size,
             seed=self.seed,
             engine=self.engine,
