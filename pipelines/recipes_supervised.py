@@ -24,7 +24,7 @@ from pipelines.recipe import (
 )
 from pipelines.recipes_contrastive import PILLOW_BLUR
 
-_REPEATED = "repeated augmentation, 3 times in the code, is not here: it is the order's occurrences"
+_REPEATED = "repeated augmentation, 3 times in the code, is the order's affair"
 
 
 def _mixed_by(group: int) -> str:
