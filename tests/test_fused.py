@@ -1,14 +1,11 @@
 """The fused engine: every op and recipe against the reference engine, and its own behaviour."""
 
-import io
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-import PIL
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +15,6 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from pipelines import engines, open_loader, recipes
-from pipelines.batch import Batch
 from pipelines.draw import draw
 from pipelines.engines import SampleError, Work
 from pipelines.engines.device_stage import device_stage, normalize
@@ -42,20 +38,26 @@ from pipelines.recipe import (
     resized_shape,
 )
 from shards.store import open_store
+from tests.fused_cases import (
+    RESAMPLED_LEVELS,
+    SAME_ORDER,
+    Pixels,
+    differences,
+    encoded,
+    noise,
+    one_view,
+    pieces,
+    run,
+    whole_photograph,
+    work_for,
+)
 
-Pixels = NDArray[np.uint8]
 F: Any = functional  # takes Pillow pictures too; its annotations say Tensor
-
-# From Pillow 13 on it resamples rows first in some crops, and so do the kernels.
-SAME_ORDER = int(PIL.__version__.partition(".")[0]) >= 13
-RESAMPLED_LEVELS = 0.02 if SAME_ORDER else 0.3
 
 
 @pytest.fixture(scope="module")
 def photograph() -> Pixels:
-    """A real one: 600 rows of 512 pixels."""
-    path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-    return np.asarray(Image.open(path).convert("RGB"))
+    return whole_photograph()
 
 
 @pytest.fixture(autouse=True)
@@ -63,68 +65,6 @@ def no_thread_is_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     assert not {thread.name for thread in set(threading.enumerate()) - before}
-
-
-def noise(height: int, width: int, seed: int = 0) -> Pixels:
-    """Every value, every colour, no smoothness: the worst case of every rounding."""
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def pieces(photograph: Pixels, height: int, width: int, count: int = 5) -> list[Pixels]:
-    """Parts of the photograph, a picture of noise, and one of a single colour."""
-    random = np.random.default_rng(height * 1000 + width)
-    tops = random.integers(0, photograph.shape[0] - height + 1, count)
-    lefts = random.integers(0, photograph.shape[1] - width + 1, count)
-    cut = [
-        photograph[top : top + height, left : left + width]
-        for top, left in zip(tops, lefts, strict=True)
-    ]
-    single = np.broadcast_to(np.array([200, 13, 90], np.uint8), (height, width, 3))
-    return [*cut, noise(height, width), np.ascontiguousarray(single)]
-
-
-def encoded(pixels: Pixels, kind: str = "PPM", mode: str = "RGB", **options: object) -> Pixels:
-    file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, kind, **options)
-    return np.frombuffer(file.getvalue(), np.uint8)
-
-
-def work_for(
-    augmentation: Augmentation, files: list[Pixels], epoch: int = 0, seed: int = 11
-) -> Work:
-    sizes = [Image.open(io.BytesIO(file.data)).size[::-1] for file in files]
-    count = len(files)
-    plan = draw(
-        augmentation,
-        seed=seed,
-        epoch=epoch,
-        position=0,
-        ids=np.arange(count) * 7 + 3,
-        occurrences=np.zeros(count, np.int32),
-        sizes=np.array(sizes, np.int32),
-    )
-    return Work(plan, files, np.arange(count))
-
-
-def run(name: str, augmentation: Augmentation, *works: Work, threads: int = 2) -> list[Batch]:
-    engine = engines.open_engine(name, augmentation, threads=threads)
-    try:
-        return list(engine.run(iter(works)))
-    finally:
-        engine.close()
-
-
-def one_view(*ops: Op) -> Augmentation:
-    return Augmentation("test", (View("view", ops),))
-
-
-def differences(augmentation: Augmentation, work: Work) -> list[NDArray[np.int64]]:
-    """Per view, |fused - reference| in levels."""
-    (fused,), (reference,) = (run(name, augmentation, work) for name in ("fused", "reference"))
-    return [
-        np.abs(one.numpy().astype(np.int64) - other.numpy())
-        for one, other in zip(fused.views, reference.views, strict=True)
-    ]
 
 
 SIZES = [1, 2, 16, 33, 96]
@@ -358,10 +298,10 @@ def test_batches_look_as_the_contract_says(photograph: Pixels) -> None:
     assert masked.masks[0].shape == (5, 36)
 
 
-@pytest.mark.parametrize("normalized", [False, True])
-def test_no_batch_aliases_another_while_it_is_held(photograph: Pixels, normalized: bool) -> None:
+@pytest.mark.parametrize("finished", [False, True])
+def test_no_batch_aliases_another_while_it_is_held(photograph: Pixels, finished: bool) -> None:
     works = mixed_works(photograph, 8)
-    engine = FusedEngine(MIXED, 2, normalized)
+    engine = FusedEngine(MIXED, 2, finished)
     held, copies = [], []
     for batch in engine.run(iter(works)):
         held.append(batch.views[-1][1:])  # any part of a batch keeps all of its memory
@@ -383,18 +323,22 @@ def test_memory_of_dropped_batches_is_used_again(photograph: Pixels) -> None:
     assert len(set(places)) <= BATCHES_IN_FLIGHT + 1
 
 
-def test_normalized_views_are_device_stages_to_the_bit(photograph: Pixels) -> None:
+def test_finished_views_are_device_stages_to_the_bit(photograph: Pixels) -> None:
     (work,) = mixed_works(photograph, 1)
     (batch,) = run("fused", MIXED, work)
     staged = device_stage(batch, MIXED.mean, MIXED.std, device=torch.device("cpu"))
-    engine = engines.open_engine("fused", MIXED, normalized=True)
-    (normalized,) = engine.run(iter([work]))
+    engine = engines.open_engine("fused", MIXED, finished=torch.float32)
+    (finished,) = engine.run(iter([work]))
     engine.close()
-    for one, other in zip(staged.views, normalized.views, strict=True):
+    for one, other in zip(staged.views, finished.views, strict=True):
         assert torch.equal(one, other)
         assert other.is_contiguous(memory_format=torch.channels_last)
-    with pytest.raises(engines.Unsupported, match="the reference engine cannot run this: normal"):
-        engines.open_engine("reference", MIXED, normalized=True)
+
+
+def test_what_it_does_not_finish_is_refused() -> None:
+    for name, dtype in (("reference", torch.float32), ("fused", torch.bfloat16)):
+        with pytest.raises(engines.Unsupported, match=f"the {name} engine cannot .* finishing"):
+            engines.open_engine(name, MIXED, finished=dtype)
 
 
 def broken(photograph: Pixels) -> dict[str, Pixels]:

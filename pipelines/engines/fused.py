@@ -2,15 +2,16 @@
 
 A few plain threads take one picture at a time: libjpeg-turbo decodes it, then one compiled call
 (`kernels`) makes all its views and writes them into the batch, without the interpreter and mostly
-within the caches. Pixels are `reference`'s but for roundings in the resampler; what it costs is a
-compilation, once per machine and version, and memory for finished batches that is used again.
+within the caches. Two that are mixed are finished by the thread that made the second of them.
+Pixels are `reference`'s but for roundings in the resampler; what it costs is a compilation, once
+per machine and version, and memory for finished batches that is used again.
 """
 
 import re
 import threading
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from io import BytesIO
 from operator import gt
 from queue import SimpleQueue
@@ -23,9 +24,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.batch import Batch
-from pipelines.engines import SampleError, Work
-from pipelines.engines.fused_program import Layout, Room, aligned, allocate, lower, room
-from pipelines.engines.kernels import Program, Scratch, render
+from pipelines.engines import Approximation, SampleError, Work
+from pipelines.engines.fused_program import Layout, lower
+from pipelines.engines.fused_room import Room, aligned, allocate, room
+from pipelines.engines.kernels import Program, Scratch, mix, render
 from pipelines.recipe import Augmentation
 
 BATCHES_IN_FLIGHT = 2
@@ -111,11 +113,35 @@ class _Job:
         self.program = program
         self.need = need
         self.target = target
+        # The same memory twice, so that the compiled functions know one type of batch.
+        self.values = target if program.finished else np.empty(0, np.float32)
+        self.pixels = target.view(np.uint8)
         self.abandoned = False
         self.done = threading.Event()
         self.errors: dict[int, BaseException] = {}
+        self._partners: list[int] = program.partners.tolist()
+        self._waiting: set[int] = set()
         self._left = len(work.encoded)
         self._lock = threading.Lock()
+
+    def rows(self) -> list[int]:
+        """All rows, partners one after the other: the first should wait in a cache."""
+        first = np.arange(len(self._partners))
+        partners = self.program.partners
+        return np.argsort(
+            np.where(partners < 0, first, np.minimum(first, partners)), kind="stable"
+        ).tolist()
+
+    def partner(self, row: int) -> int | None:
+        """Whom a row that was rendered is to be mixed with now: None, or one that waits for it."""
+        partner = self._partners[row]
+        if partner < 0:
+            return None
+        with self._lock:
+            if partner in self._waiting:
+                return partner
+            self._waiting.add(row)
+        return None
 
     def count_down(self) -> None:
         with self._lock:
@@ -164,7 +190,6 @@ class _Thread:
                 f"it is {pixels.width} x {pixels.height} pixels (width x height), but the index "
                 f"says {width} x {height}",
             )
-        normalized = job.target.dtype == np.float32
         render(
             pixels.source,
             pixels.first,
@@ -173,9 +198,12 @@ class _Thread:
             job.program,
             row,
             scratch,
-            normalized,
-            job.target,
+            job.values,
+            job.pixels,
         )
+        partner = job.partner(row)
+        if partner is not None:
+            mix(job.program, row, partner, scratch, job.values, job.pixels)
 
     def _fitting(self, need: Room) -> Scratch:
         if self._scratch is None or any(map(gt, need, self._room)):
@@ -188,16 +216,16 @@ class _Thread:
 class FusedEngine:
     """Executes Plans on `threads` threads; output on the CPU.
 
-    normalized: views come out as float32, as `device_stage` would make them, and not as uint8.
+    finished: views come out as float32, as `device_stage` would make them, and not as uint8.
     """
 
     name = "fused"
     approximations: tuple[str, ...] = ()
 
-    def __init__(self, augmentation: Augmentation, threads: int, normalized: bool = False) -> None:
-        self._layout = Layout.of(augmentation)
+    def __init__(self, augmentation: Augmentation, threads: int, finished: bool = False) -> None:
+        self._layout = Layout.of(augmentation, finished)
         # In flight, and as many again that loader and training hold and give back one by one.
-        self._memory = _Memory(np.float32 if normalized else np.uint8, spare=2 * BATCHES_IN_FLIGHT)
+        self._memory = _Memory(np.float32 if finished else np.uint8, spare=2 * BATCHES_IN_FLIGHT)
         self._rows: SimpleQueue[tuple[_Job, int] | None] = SimpleQueue()
         self._thread_count = threads
         self._threads: list[_Thread] = []  # started by `run`: an engine may be opened for nothing
@@ -234,7 +262,7 @@ class FusedEngine:
             room(self._layout, program, work.plan.sizes),
             self._memory.take(self._layout.starts(samples)[1]),
         )
-        for row in range(samples):
+        for row in job.rows():
             self._rows.put((job, row))
         return job
 
@@ -245,9 +273,18 @@ class FusedEngine:
         return job.work.batch(self._layout.views_of(job.target, len(job.work.encoded)))
 
 
-def unsupported(augmentation: Augmentation, device: torch.device) -> list[str]:  # noqa: ARG001
-    """Nothing so far. The loader moves its batches to any device."""
+def unsupported(
+    augmentation: Augmentation,  # noqa: ARG001  same signature as the other engines'
+    device: torch.device,  # noqa: ARG001
+    approximate: Collection[Approximation],  # noqa: ARG001
+) -> list[str]:
+    """Nothing: it has all ops. The loader moves its batches to any device."""
     return []
+
+
+def finishes(augmentation: Augmentation, device: torch.device, dtype: torch.dtype) -> bool:  # noqa: ARG001
+    """On a CPU its last pass writes floats, erased and mixed: no other pass over the batch."""
+    return device.type == "cpu" and dtype == torch.float32
 
 
 def open_engine(
@@ -255,7 +292,8 @@ def open_engine(
     *,
     device: torch.device,  # noqa: ARG001  same signature as the other engines'
     threads: int,
-    normalized: bool = False,
+    finished: torch.dtype | None = None,
+    approximate: Collection[Approximation] = (),  # noqa: ARG001  it makes none
 ) -> FusedEngine:
     """A fused engine with `threads` threads of its own."""
-    return FusedEngine(augmentation, threads, normalized)
+    return FusedEngine(augmentation, threads, finished=finished is not None)

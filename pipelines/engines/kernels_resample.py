@@ -33,7 +33,7 @@ def most_taps(length, size, reach):
     return math.ceil(reach * max(length / size, 1.0)) * 2 + 1
 
 
-@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@numba.njit(nogil=True, error_model="numpy")
 def _axis_weights(length, full, offset, at, size, reach, room, firsts, counts, weights):
     """Weights of `size` outputs, from the `offset`-th of `full`, over `length` source pixels.
 

@@ -1,10 +1,11 @@
 """The few loops that LLVM does not find by itself, written as vectors for numba.
 
 numba compiles scalar loops and leaves vectors to LLVM's optimiser, which is good at one simple loop
-over contiguous memory and at nothing else. Two kernels decide the speed of a resampler and are not
-of that kind: a weighted sum of rows whose accumulators stay in registers over all taps, and a
-transposition of bytes. They are built here in LLVM's own vectors, which it lowers to whatever the
-CPU has (AVX-512, AVX2, SSE, NEON); nothing in here names an instruction set.
+over contiguous memory and at nothing else. Some kernels that decide the speed are not of that kind:
+a weighted sum of rows whose accumulators stay in registers over all taps, a transposition of bytes
+(and, in `kernels_sample`, a picture's levels between its pixels). They are built in LLVM's own
+vectors, which it lowers to whatever the CPU has (AVX-512, AVX2, SSE, NEON); nothing in here names
+an instruction set. Copying and filling are LLVM's too, because numba's slices are slow at both.
 
 All work on flat C-contiguous arrays and element offsets, and check nothing.
 """
@@ -24,23 +25,24 @@ LANES = 16  # pixels of a vector: one AVX-512 register of float32, two of AVX2, 
 SLACK = 2 * TILE  # elements that a tile may read or write behind the last one that is asked for
 
 _BYTE = ir.IntType(8)
-_INT = ir.IntType(32)
+INT = ir.IntType(32)
 _INDEX = ir.IntType(64)
 _FLOAT = ir.FloatType()
-_BYTES = ir.VectorType(_BYTE, LANES)
-_INTS = ir.VectorType(_INT, LANES)
+BYTES = ir.VectorType(_BYTE, LANES)
+INTS = ir.VectorType(INT, LANES)
 _FLOATS = ir.VectorType(_FLOAT, LANES)
 
 
-def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+def data_of(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    """Pointer to an array's first element."""
     return context.make_array(kind)(context, builder, array).data
 
 
-def _index(value: int) -> ir.Constant:
+def constant_index(value: int) -> ir.Constant:
     return ir.Constant(_INDEX, value)
 
 
-def _pointer(builder: Any, data: Any, offset: Any, vector: ir.VectorType) -> Any:
+def vector_at(builder: Any, data: Any, offset: Any, vector: ir.VectorType) -> Any:
     """Pointer to the vector that starts at element `offset`."""
     return builder.bitcast(builder.gep(data, [offset]), vector.as_pointer())
 
@@ -48,23 +50,82 @@ def _pointer(builder: Any, data: Any, offset: Any, vector: ir.VectorType) -> Any
 def _load_floats(builder: Any, data: Any, offset: Any, element: Any) -> Any:
     """LANES elements, bytes or floats, as floats."""
     if isinstance(element, types.Float):
-        return builder.load(_pointer(builder, data, offset, _FLOATS), align=4)
-    raw = builder.load(_pointer(builder, data, offset, _BYTES), align=1)
-    return builder.uitofp(builder.zext(raw, _INTS), _FLOATS)
+        return builder.load(vector_at(builder, data, offset, _FLOATS), align=4)
+    raw = builder.load(vector_at(builder, data, offset, BYTES), align=1)
+    return builder.uitofp(builder.zext(raw, INTS), _FLOATS)
 
 
-def _splat(builder: Any, scalar: Any) -> Any:
-    undefined = ir.Constant(_FLOATS, ir.Undefined)
-    single = builder.insert_element(undefined, scalar, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(single, undefined, ir.Constant(_INTS, [0] * LANES))
+def splat(builder: Any, scalar: Any, vector: ir.VectorType = _FLOATS) -> Any:
+    """A scalar in all lanes."""
+    undefined = ir.Constant(vector, ir.Undefined)
+    single = builder.insert_element(undefined, scalar, ir.Constant(INT, 0))
+    return builder.shuffle_vector(single, undefined, ir.Constant(INTS, [0] * LANES))
 
 
-def _clipped_bytes(builder: Any, floats: Any) -> Any:
-    """0..255, cut towards zero."""
+def clipped_bytes(builder: Any, floats: Any) -> Any:
+    """LANES floats or doubles as bytes, limited to 0..255 and cut towards zero."""
     for order, bound in ((">", 0.0), ("<", 255.0)):
-        limit = ir.Constant(_FLOATS, [bound] * LANES)
+        limit = ir.Constant(floats.type, [bound] * LANES)
         floats = builder.select(builder.fcmp_ordered(order, floats, limit), floats, limit)
-    return builder.trunc(builder.fptosi(floats, _INTS), _BYTES)
+    return builder.trunc(builder.fptosi(floats, INTS), BYTES)
+
+
+def _multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z, rounded once on a CPU with fused multiply-add and twice on another.
+
+    The flag that only *allows* a compiler to fuse leaves it to chance in which loop it does: the
+    same source then gives other bits from numba's cache than right after it was compiled.
+    """
+    name = "llvm.fmuladd." + ("f32" if z.type == _FLOAT else f"v{LANES}f32")
+    kind = ir.FunctionType(z.type, (z.type, z.type, z.type))
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), (x, y, z))
+
+
+def _typed_multiply_add(_context: Any, x: Any, y: Any, z: Any) -> Any:
+    """As `_multiply_add`, of float32."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return _multiply_add(builder, *arguments)
+
+    return types.float32(x, y, z), generate
+
+
+multiply_add: Callable[..., Any] = intrinsic(_typed_multiply_add)
+
+
+def _typed_copy(
+    _context: Any, source: Any, _first: Any, target: Any, _place: Any, _length: Any
+) -> Any:
+    """target[place + i] = source[first + i] for i < length, bytes that do not overlap."""
+    size = types.int64
+    signature = types.void(source, size, target, size, size)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, first, target, place, length = arguments
+        start = builder.gep(data_of(context, builder, signature.args[0], source), [first])
+        to = builder.gep(data_of(context, builder, signature.args[2], target), [place])
+        cgutils.raw_memcpy(builder, to, start, length, 1)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _typed_filling(_context: Any, target: Any, _first: Any, _length: Any, _level: Any) -> Any:
+    """target[first + i] = level for i < length, bytes."""
+    size = types.int64
+    signature = types.void(target, size, size, types.uint8)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        target, first, length, level = arguments
+        start = builder.gep(data_of(context, builder, signature.args[0], target), [first])
+        cgutils.memset(builder, start, length, level)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+copy_bytes: Callable[..., None] = intrinsic(_typed_copy)
+fill_bytes: Callable[..., None] = intrinsic(_typed_filling)
 
 
 def _weighted_sum(tile: int) -> Callable[..., None]:
@@ -90,9 +151,9 @@ def _weighted_sum(tile: int) -> Callable[..., None]:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             source, offset, stride, weights, first_weight, taps, target, place = arguments
-            source = _data(context, builder, signature.args[0], source)
-            weights = _data(context, builder, signature.args[3], weights)
-            target = _data(context, builder, signature.args[6], target)
+            source = data_of(context, builder, signature.args[0], source)
+            weights = data_of(context, builder, signature.args[3], weights)
+            target = data_of(context, builder, signature.args[6], target)
             from_element, to_element = signature.args[0].dtype, signature.args[6].dtype
             to_bytes = not isinstance(to_element, types.Float)
             start = ir.Constant(_FLOATS, [0.5 if to_bytes else 0.0] * LANES)
@@ -101,20 +162,19 @@ def _weighted_sum(tile: int) -> Callable[..., None]:
             with cgutils.for_range(builder, taps, intp=_INDEX) as loop:
                 row = builder.add(offset, builder.mul(stride, loop.index))
                 place_of_weight = builder.add(first_weight, loop.index)
-                weight = _splat(builder, builder.load(builder.gep(weights, [place_of_weight])))
+                weight = splat(builder, builder.load(builder.gep(weights, [place_of_weight])))
                 for total, column in zip(sums, vectors, strict=True):
-                    at = builder.add(row, _index(column))
+                    at = builder.add(row, constant_index(column))
                     values = _load_floats(builder, source, at, from_element)
-                    product = builder.fmul(values, weight, flags=("contract",))
-                    added = builder.fadd(builder.load(total), product, flags=("contract",))
+                    added = _multiply_add(builder, values, weight, builder.load(total))
                     builder.store(added, total)
             for total, column in zip(sums, vectors, strict=True):
-                at, floats = builder.add(place, _index(column)), builder.load(total)
+                at, floats = builder.add(place, constant_index(column)), builder.load(total)
                 if to_bytes:
-                    made = _clipped_bytes(builder, floats)
-                    builder.store(made, _pointer(builder, target, at, _BYTES), align=1)
+                    made = clipped_bytes(builder, floats)
+                    builder.store(made, vector_at(builder, target, at, BYTES), align=1)
                 else:
-                    builder.store(floats, _pointer(builder, target, at, _FLOATS), align=4)
+                    builder.store(floats, vector_at(builder, target, at, _FLOATS), align=4)
             return context.get_dummy_value()
 
         return signature, generate
@@ -141,11 +201,11 @@ def _typed_transposition(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, place, stride, target, to_place, to_stride = arguments
-        source = _data(context, builder, signature.args[0], source)
-        target = _data(context, builder, signature.args[3], target)
+        source = data_of(context, builder, signature.args[0], source)
+        target = data_of(context, builder, signature.args[3], target)
         rows = []
         for _ in range(LANES):
-            rows.append(builder.load(_pointer(builder, source, place, _BYTES), align=1))
+            rows.append(builder.load(vector_at(builder, source, place, BYTES), align=1))
             place = builder.add(place, stride)
         half = LANES // 2
         low = [lane for pair in range(half) for lane in (pair, LANES + pair)]
@@ -154,12 +214,12 @@ def _typed_transposition(
         # four of eight address bits' rotations exchange row and column.
         for _ in range(4):
             rows = [
-                builder.shuffle_vector(rows[row], rows[row + half], ir.Constant(_INTS, lanes))
+                builder.shuffle_vector(rows[row], rows[row + half], ir.Constant(INTS, lanes))
                 for row in range(half)
                 for lanes in (low, high)
             ]
         for row in rows:
-            builder.store(row, _pointer(builder, target, to_place, _BYTES), align=1)
+            builder.store(row, vector_at(builder, target, to_place, BYTES), align=1)
             to_place = builder.add(to_place, to_stride)
         return context.get_dummy_value()
 

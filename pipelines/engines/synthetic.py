@@ -5,12 +5,12 @@ for every view. Labels, ids and masks are the plan's. A run that it feeds shows 
 training alone; what the same run loses with another engine is what the input costs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 
 from pipelines.batch import Batch
-from pipelines.engines import Work
+from pipelines.engines import Approximation, Work
 from pipelines.recipe import Augmentation
 
 
@@ -41,9 +41,18 @@ def _constant(samples: int, size: int, value: int) -> torch.Tensor:
     return pixels.permute(0, 3, 1, 2)
 
 
-def unsupported(augmentation: Augmentation, device: torch.device) -> list[str]:  # noqa: ARG001
+def unsupported(
+    augmentation: Augmentation,  # noqa: ARG001  same signature as the other engines'
+    device: torch.device,  # noqa: ARG001
+    approximate: Collection[Approximation],  # noqa: ARG001
+) -> list[str]:
     """Nothing: no op is executed."""
     return []
+
+
+def finishes(augmentation: Augmentation, device: torch.device, dtype: torch.dtype) -> bool:  # noqa: ARG001
+    """No: there is nothing to gain."""
+    return False
 
 
 def open_engine(
@@ -51,6 +60,8 @@ def open_engine(
     *,
     device: torch.device,  # noqa: ARG001  same signature as the other engines'
     threads: int,  # noqa: ARG001
+    finished: torch.dtype | None = None,  # noqa: ARG001  never asked for: see `finishes`
+    approximate: Collection[Approximation] = (),  # noqa: ARG001  it makes none
 ) -> SyntheticEngine:
     """A synthetic engine for the recipe's views."""
     return SyntheticEngine(augmentation)
