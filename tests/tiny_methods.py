@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import training.methods
 from pipelines.batch import Batch
-from pipelines.recipe import Augmentation
+from pipelines.recipe import Augmentation, RandomMask
 from training.backbones import EncoderFactory, resolve_options
 from training.config import Recipe
 from training.method import Facts, Method, Progress
@@ -101,6 +101,7 @@ def make_batch(augmentation: Augmentation, samples: int = 16, seed: int = 0) -> 
         views.append((smooth + 0.03 * noise).contiguous(memory_format=torch.channels_last))
         mask = None
         if view.mask is not None:
+            assert isinstance(view.mask, RandomMask)
             patches = (view.size // view.mask.patch_pixels) ** 2
             ranks = torch.rand(samples, patches, generator=generator).argsort(dim=1).argsort(dim=1)
             mask = ranks >= int(patches * (1 - view.mask.ratio))

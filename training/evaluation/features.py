@@ -72,7 +72,7 @@ class FeaturePass:
                 f"features are taken of one view per image; {augmentation.name!r} has "
                 f"{len(augmentation.flat_views)}"
             )
-        # One picture has one feature: no partner's pixels, and no whole groups to be had at the end.
+        # One picture has one feature: no partner's pixels, no whole groups to be had at the end.
         alone = replace(augmentation, mix=None, group=1)
         with open_loader(
             self.store,
