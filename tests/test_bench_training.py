@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
-RULE = runpy.run_path(str(TOOLS / "bench_bound.py"))
+RULE = runpy.run_path(str(TOOLS / "bench/bound.py"))
 FAST_INPUT: dict[str, Any] = {
     "real": 990.0,
     "synthetic": 1000.0,

@@ -127,6 +127,31 @@ def test_speed_is_rates_and_what_the_best_of_ours_is_worth() -> None:
     assert "2 threads, batches of 64." in tables.speed_section(lines)
 
 
+def test_costs_are_of_the_fused_engine_alone() -> None:
+    costs = {
+        "images_per_second_least": 500.0,
+        "images_per_second_most": 530.0,
+        "decode_share": 0.38,
+        "plan_share": 0.0064,
+        "interpreter_share": 0.031,
+        "first_batch_seconds": 0.444,
+        "times_one_thread": 1.9,
+        "anonymous_bytes_by_epoch": [10**8 * n for n in range(1, 51)],
+    }
+    lines = [
+        speed("dino", "fused", 520.0, **costs),
+        speed("dino", "fused", 900.0, **costs | {"output": "uint8"}),
+        speed("dino", "decode", 1400.0),
+    ]
+    rows = tables.costs_section(lines).splitlines()
+    assert rows[2] == (
+        "| dino | 2 | 520 | 500 - 530 | 1.90 | 0.38 | 0.6% | 3.1% | 100 "
+        "| 100, 1,000, 5,000 | 0.44 |"
+    )
+    assert rows[3] == ""
+    assert "batches of 64." in rows[4]
+
+
 @pytest.mark.dali
 def test_all_recipes_are_listed() -> None:
     rows = tables.recipes_section().splitlines()

@@ -19,13 +19,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench_data import DataError, describe, make_forms, whole_batches
-from bench_measure import Progress, Rounds, measure, say
-from bench_plot import draw
-from bench_proc import PROC
-from bench_report import table, verdicts
-from bench_result import Result, context_of, line
-from bench_task import DALI_READER, DECODE, OWN_ENGINES, PEERS, RECIPES, Output, Task
+from bench.data import DataError, describe, make_forms, whole_batches
+from bench.measure import Progress, Rounds, measure, say
+from bench.plot import draw
+from bench.proc import PROC
+from bench.report import table, verdicts
+from bench.result import Result, context_of, line
+from bench.task import DALI_READER, DECODE, OWN_ENGINES, PEERS, RECIPES, Output, Task
 
 from shards.atomic import atomic_file
 from shards.index import ShardError

@@ -4,8 +4,8 @@
 
 Starts `training/train.py` itself, several times in a temporary directory, with the run's engine and
 with `synthetic`, reads its metrics.jsonl and ends it after some steps. The model alone is the
-synthetic run. The parts of the input are then measured alone (`bench_alone.py`), and a rule
-(`bench_bound.py`) makes one sentence of all these rates.
+synthetic run. The parts of the input are then measured alone (`bench/alone.py`), and a rule
+(`bench/bound.py`) makes one sentence of all these rates.
 
 It is about one process. For one rank of several, give it its share of the cores (--data.threads).
 """
@@ -26,7 +26,7 @@ from statistics import fmean, median_low
 from typing import Any
 
 import torch
-from bench_alone import (
+from bench.alone import (
     DECODING,
     data_files,
     first_samples,
@@ -35,9 +35,9 @@ from bench_alone import (
     read_alone,
     transfer_alone,
 )
-from bench_bound import Measured, Setting, decide, sentence
-from bench_proc import processor
-from bench_segment import BenchError, Segment, device_of, run_segment, settling_steps
+from bench.bound import Measured, Setting, decide, sentence
+from bench.proc import processor
+from bench.segment import BenchError, Segment, device_of, run_segment, settling_steps
 
 from pipelines.loader import usable_cores
 from shards.atomic import atomic_file

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_proc import processor
+from bench.proc import processor
 from compare_cases import LIMITS, PIXELS, Case, levels_of_one, op_cases, recipe_cases
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance

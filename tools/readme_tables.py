@@ -4,8 +4,8 @@
     python tools/readme_tables.py --check    # ends with 1 where the README says something else
 
 What stands between `<!-- agreement -->` and `<!-- /agreement -->`, `<!-- speed -->` and
-`<!-- /speed -->`, `<!-- recipes -->` and `<!-- /recipes -->` is replaced, and nothing else; a
-section without markers is left out. Of lines for the same thing the last one counts.
+`<!-- /speed -->`, and likewise for `costs` and `recipes`, is replaced, and nothing else; a section
+without markers is left out. Of lines for the same thing the last one counts.
 """
 
 import argparse
@@ -169,6 +169,37 @@ def speed_section(lines: Sequence[Line]) -> str:
     return "\n\n".join([markdown(_filled(rates)), markdown(_filled(worth)), note])
 
 
+def costs_section(lines: Sequence[Line]) -> str:
+    """What a row of ours costs beside its speed, by recipe and threads."""
+    rows = [
+        ["recipe", "threads", "images/s", "least - most", "x 1 thread", "of decoding", "plans",
+         "interpreter", "peak MB", "MB after 1, 10, 50 epochs", "first batch s"],
+    ]  # fmt: skip
+    for line in lines:
+        if line["engine"] != "fused" or line["output"] != "float32":
+            continue
+        spread = f"{line['images_per_second_least']:,.0f} - {line['images_per_second_most']:,.0f}"
+        epochs = line.get("anonymous_bytes_by_epoch", ())
+        rows.append(
+            [
+                line["recipe"],
+                str(line["threads"]),
+                f"{line['images_per_second']:,.0f}",
+                spread,
+                f"{line['times_one_thread']:.2f}" if line.get("times_one_thread") else "",
+                f"{line['decode_share']:.2f}",
+                f"{line['plan_share']:.1%}",
+                f"{line['interpreter_share']:.1%}",
+                f"{line['peak_memory_bytes'] / 1e6:,.0f}",
+                ", ".join(f"{epochs[n - 1] / 1e6:,.0f}" for n in (1, 10, 50) if n <= len(epochs)),
+                f"{line['first_batch_seconds']:.2f}",
+            ]
+        )
+    last = _last(lines)
+    note = f"`fused`, float32, batches of {last['batch_size']}. {_where(last)}"
+    return "\n\n".join([markdown(_filled(rows)), note])
+
+
 def recipes_section() -> str:
     """The named recipes: what each is, its views, how many deviations it lists, its GPU graph."""
     from pipelines.engines.dali_inspect import graph_of
@@ -259,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sections: tuple[tuple[str, Path | None, Callable[[Sequence[Line]], str]], ...] = (
             ("agreement", options.agreement, agreement_section),
             ("speed", options.speed, speed_section),
+            ("costs", options.costs, costs_section),
         )
         for section, path, made in sections:
             if path is None:
@@ -292,7 +324,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    for kind, tool in (("agreement", "compare_engines.py"), ("speed", "bench_pipeline.py")):
+    for kind, tool in (
+        ("agreement", "compare_engines.py"),
+        ("speed", "bench_pipeline.py"),
+        ("costs", "bench_pipeline.py --engine fused"),
+    ):
         parser.add_argument(
             f"--{kind}",
             type=Path,

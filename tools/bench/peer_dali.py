@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from bench_task import VIEW_SIDES, Contender, Task
-from bench_torch import MEAN, STD, mixed
 from nvidia.dali import fn, types  # noqa: TID253  only rows of DALI import this
 from nvidia.dali.auto_aug import rand_augment  # noqa: TID253
 from nvidia.dali.pipeline import pipeline_def  # noqa: TID253
 from nvidia.dali.plugin.pytorch import DALIGenericIterator  # noqa: TID253
+
+from bench.peer_torch import MEAN, STD, mixed
+from bench.task import VIEW_SIDES, Contender, Task
 
 QUEUE_DEPTH = 2
 SHUFFLE_BUFFER = 1024

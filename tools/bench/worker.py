@@ -1,7 +1,7 @@
 """One row of `bench_pipeline.py` in a process of its own: opened once, run in rounds when told.
 
 Commands come as JSON lines on stdin, answers go as JSON lines to what stdout was; whatever
-libraries print goes to stderr. Started by `bench_member`, not by hand.
+libraries print goes to stderr. Started by `member`, not by hand.
 
 A round ends, and is answered, when the row has filled its buffers and gone quiet: whoever is
 measured next has the cores for itself.
@@ -15,8 +15,8 @@ import traceback
 from importlib import import_module
 from typing import Any
 
-from bench_proc import cpu_seconds, memory
-from bench_task import DECODE, MODULES, VIEW_SIDES, CannotExpress, Contender, Output, Task, Views
+from bench.proc import cpu_seconds, memory
+from bench.task import DECODE, MODULES, VIEW_SIDES, CannotExpress, Contender, Output, Task, Views
 
 QUIET_SHARE = 0.03  # of a core
 QUIET_POLL_SECONDS = 0.1
@@ -83,6 +83,8 @@ def _obey(task: Task, contender: Contender, command: dict[str, Any]) -> dict[str
             return _run(contender, seconds)
         case {"draw": seconds} if contender.draw is not None:
             return {"plan_seconds_per_image": contender.draw(seconds)}
+        case {"profile": seconds} if contender.profile is not None:
+            return {"interpreter_share": contender.profile(seconds)}
         case {"epochs": epochs}:
             return _epochs(task, contender, epochs)
     raise ValueError(f"no such command: {command}")

@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bench_proc import Memory, counted_twice, memory
-from bench_task import CannotExpress, Task
+from bench.proc import Memory, counted_twice, memory
+from bench.task import CannotExpress, Task
 
-WORKER = Path(__file__).with_name("bench_worker.py")
+TOOLS = Path(__file__).resolve().parent.parent
 SAMPLE_EVERY_SECONDS = 0.1
 OPEN_WITHIN_SECONDS = 600.0  # compiling kernels for the first time is in it
 ANSWER_WITHIN_SECONDS = 300.0  # beyond the time that was asked for
@@ -36,7 +36,7 @@ class Member:
         self._log = log
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, str(WORKER)],
+                [sys.executable, "-m", "bench.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -61,6 +61,11 @@ class Member:
         """CPU seconds per image of drawing plans alone."""
         answer = self._ask({"draw": seconds}, seconds + ANSWER_WITHIN_SECONDS)
         return answer["plan_seconds_per_image"]
+
+    def profile(self, seconds: float) -> float:
+        """The interpreter's share of the CPU time."""
+        answer = self._ask({"profile": seconds}, seconds + ANSWER_WITHIN_SECONDS)
+        return answer["interpreter_share"]
 
     def epochs(self, count: int, within_seconds: float) -> list[int]:
         """Anonymous bytes after each of so many epochs."""
@@ -123,7 +128,9 @@ class Member:
 
 
 def _environment(task: Task) -> dict[str, str]:
-    """Libraries that start threads by themselves start as many as the row may have."""
+    """This package can be found; libraries that start threads start as many as the row may have."""
     threads = str(task.threads)
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {**os.environ, **dict.fromkeys(names, threads)}
+    known = [str(TOOLS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = {"PYTHONPATH": os.pathsep.join(known)}
+    return {**os.environ, **path, **dict.fromkeys(names, threads)}

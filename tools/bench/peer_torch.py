@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import timm.data.auto_augment
-from bench_task import Contender, Task, Views
 from PIL import Image, ImageFilter, ImageOps
 from timm.data.mixup import Mixup
 from timm.data.transforms_factory import create_transform
@@ -20,6 +19,8 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from webdataset.compat import WebDataset, WebLoader
+
+from bench.task import Contender, Task, Views
 
 PREFETCHED_PER_WORKER = 2
 ENDLESS = sys.maxsize // 2

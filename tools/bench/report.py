@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bench_result import Result, best_own, find, ratio, reader_cost
-from bench_task import DALI_READER, DECODE, OWN_ENGINES, VIEW_SIDES, Output, RecipeName
+from bench.result import Result, best_own, find, ratio, reader_cost
+from bench.task import DALI_READER, DECODE, OWN_ENGINES, VIEW_SIDES, Output, RecipeName
 
-PLAN_SHARE, READER_COST, FIRST_BATCH_SECONDS = 0.02, 0.05, 3.0
+PLAN_SHARE, READER_COST, INTERPRETER_SHARE, FIRST_BATCH_SECONDS = 0.02, 0.05, 0.05, 3.0
 PEAK_BYTES, MEMORY_GROWTH = 2 << 30, 0.02
 BUSY_BELOW = 0.9  # of its cores: decoding alone takes all that it can get
 IDLE_BELOW = 0.03  # of a core, that a row may take from the others
@@ -144,6 +144,9 @@ def _costs(result: Result, who: str) -> Iterator[str]:
         return
     if result.plan_share is not None:
         yield f"{who} spends {_limit(result.plan_share, PLAN_SHARE, '.2%')} on drawing plans"
+    if result.interpreter_share is not None:
+        share = _limit(result.interpreter_share, INTERPRETER_SHARE, ".1%")
+        yield f"{who} spends {share} of its CPU time in the interpreter"
     seconds = _limit(result.first_batch_seconds, FIRST_BATCH_SECONDS, ".2f")
     yield f"{who} has its first batch after {seconds} s"
     peak = result.peak.anonymous

@@ -8,8 +8,9 @@ from functools import partial
 from statistics import median
 
 import numpy as np
-from bench_task import DALI_READER, CannotExpress, Contender, Task, Views
 
+from bench.profiled import interpreter_share
+from bench.task import DALI_READER, CannotExpress, Contender, Task, Views
 from pipelines import recipes
 from pipelines.draw import draw
 from pipelines.engines import APPROXIMATIONS, Unsupported
@@ -34,7 +35,7 @@ def open_contender(task: Task) -> Contender:
     if engine == DALI_READER:
         # The reader knows no order but the tars'.
         engine, shuffle = "dali", "none"
-        from bench_dali import read_by_dali
+        from bench.peer_dali import read_by_dali
 
         read_by_dali(task.tars)
     try:
@@ -57,12 +58,14 @@ def open_contender(task: Task) -> Contender:
     notes += [f"asked for {name}" for name in loader.fingerprint["engine"]["approximations"]]
     if task.output == "uint8" and task.recipe == "deit":
         notes.append("uint8 is before erasing and mixing")
+    batches = _endless(loader)
     return Contender(
-        batches=_endless(loader),
+        batches=batches,
         ready_ahead=PREFETCH + BATCHES_IN_FLIGHT + 1,
         close=loader.close,
         notes=tuple(notes),
         draw=partial(_draw_seconds, store, augmentation, task),
+        profile=partial(interpreter_share, batches) if engine == "fused" else None,
     )
 
 

@@ -14,10 +14,10 @@ from queue import SimpleQueue
 
 import numpy as np
 import simplejpeg
-from bench_task import Contender, Task, Views
 from numpy.typing import NDArray
 from PIL import Image
 
+from bench.task import Contender, Task, Views
 from shards.store import open_store
 
 BATCHES_IN_FLIGHT = 2

@@ -20,11 +20,11 @@ DECODE, DALI_READER = "decode", "dali_reader"
 
 # Module of `open_contender(task) -> Contender`, by engine; imported by the row's process alone.
 MODULES = {
-    DECODE: "bench_decode",
-    **dict.fromkeys((*OWN_ENGINES, DALI_READER), "bench_own"),
-    **dict.fromkeys(("torchvision", "webdataset"), "bench_torch"),
-    "dali_native": "bench_dali",
-    "ffcv": "bench_ffcv",
+    DECODE: "bench.decode",
+    **dict.fromkeys((*OWN_ENGINES, DALI_READER), "bench.own"),
+    **dict.fromkeys(("torchvision", "webdataset"), "bench.peer_torch"),
+    "dali_native": "bench.peer_dali",
+    "ffcv": "bench.peer_ffcv",
 }
 
 # Sides in pixels of what a recipe makes of one image, in the order of its views.
@@ -85,7 +85,8 @@ class Contender:
     they are taken before time is measured. together: batches that become ready at the same time,
     one per worker process; only whole numbers of them are counted. notes: where the row does less
     than the recipe, or other things; for the table. draw: seconds of CPU time per image for drawing
-    plans alone, measured for about so many seconds; None for whom that means nothing.
+    plans alone, measured for about so many seconds; None for whom that means nothing. profile: the
+    share of CPU time that the interpreter takes, likewise.
     """
 
     batches: Iterator[Views]
@@ -94,3 +95,4 @@ class Contender:
     together: int = 1
     notes: tuple[str, ...] = ()
     draw: Callable[[float], float] | None = None
+    profile: Callable[[float], float] | None = None

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from bench_member import Member, MemberError
-from bench_result import Result
-from bench_task import OWN_ENGINES, CannotExpress, Task
+from bench.member import Member, MemberError
+from bench.result import Result
+from bench.task import OWN_ENGINES, CannotExpress, Task
 
 DRAW_SECONDS = 0.5
+PROFILE_SECONDS = 2.0
 EPOCH_BATCHES = 4  # in each of many small epochs
 OPEN_SECONDS, SETTLE_SECONDS = 8.0, 2.0  # first guesses, for the time that is left
 SLOW_BY_AT_MOST = 10  # before a row that was measured once is given up
@@ -92,6 +93,10 @@ def measure(
             if result.task.engine in OWN_ENGINES and not result.failed:
                 result.plan_seconds_per_image = _try(
                     result, lambda member=member: member.draw(DRAW_SECONDS)
+                )
+            if result.task.engine == "fused" and not result.failed:
+                result.interpreter_share = _try(
+                    result, lambda member=member: member.profile(PROFILE_SECONDS)
                 )
     for result in results:
         if rounds.epochs and result.measured and result.task.engine == "fused":

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bench_result import Result, find, ratio
-from bench_task import DALI_READER, DECODE, OWN_ENGINES, VIEW_SIDES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+
+from bench.result import Result, find, ratio
+from bench.task import DALI_READER, DECODE, OWN_ENGINES, VIEW_SIDES
 
 OWN, PEER, PALE, CEILING = "#2166ac", "#8c8c8c", "#d9d9d9", "#b2182b"
 UNASKED = (DECODE, DALI_READER)

@@ -14,8 +14,8 @@ from importlib import metadata
 from statistics import median
 from typing import Any
 
-from bench_proc import Memory, processor
-from bench_task import DALI_READER, DECODE, OWN_ENGINES, PEERS, VIEW_SIDES, Task
+from bench.proc import Memory, processor
+from bench.task import DALI_READER, DECODE, OWN_ENGINES, PEERS, VIEW_SIDES, Task
 
 PACKAGES = (
     "headrace", "torch", "torchvision", "timm", "numpy", "numba", "pillow", "simplejpeg",
@@ -41,6 +41,7 @@ class Result:
     idle: list[tuple[float, float]] = field(default_factory=list)
     peak: Memory = field(default_factory=Memory)
     plan_seconds_per_image: float | None = None
+    interpreter_share: float | None = None
     anonymous_by_epoch: list[int] = field(default_factory=list)
     cannot: str = ""
     failed: str = ""
@@ -165,6 +166,8 @@ def line(
     if result.plan_seconds_per_image is not None and result.plan_share is not None:
         found["plan_seconds_per_image"] = _short(result.plan_seconds_per_image)
         found["plan_share"] = _short(result.plan_share)
+    if result.interpreter_share is not None:
+        found["interpreter_share"] = _short(result.interpreter_share)
     if task.engine == "dali" and task.output == "float32":
         cost = reader_cost(group)
         if cost is not None:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_segment import device_of, fetched_bytes, settling_steps
 from numpy.typing import NDArray
 
+from bench.segment import device_of, fetched_bytes, settling_steps
 from pipelines.recipe import Augmentation, RandomResizedCrop, View
 from shards.manifest import MANIFEST_FILE
 from shards.store import Store

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_task import DALI_READER
 
+from bench.task import DALI_READER
 from shards.dataset import BETON_FILE, tar_file, write_dataset
 from shards.index import Record
 from shards.store import Store
@@ -31,7 +31,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Forms:
-    """Where the images are: see `bench_task.Task`."""
+    """Where the images are: see `task.Task`."""
 
     folder: str = ""
     tars: tuple[str, ...] = ()

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from bench_task import CannotExpress, Contender, Task, Views
-from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder  # noqa: TID253  as in bench_dali
+from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder  # noqa: TID253  as in peer_dali
 from ffcv.loader import Loader, OrderOption  # noqa: TID253
 from ffcv.transforms import (  # noqa: TID253
     NormalizeImage,
@@ -18,6 +17,8 @@ from ffcv.transforms import (  # noqa: TID253
     ToTensor,
     ToTorchImage,
 )
+
+from bench.task import CannotExpress, Contender, Task, Views
 
 BATCHES_AHEAD = 3
 LONG_EPOCH = 1 << 17  # a new epoch starts a new thread with cold memory, hence few of them
