@@ -121,7 +121,10 @@ class Stream:
             occurrences=occurrences,
             sizes=self.store.sizes(ids),
         )
-        return engines.Work(plan, self.store.read(ids), self.store.labels(ids))
+        engines.give_way()
+        encoded = self.store.read(ids)
+        engines.give_way()
+        return engines.Work(plan, encoded, self.store.labels(ids))
 
     def finish(self, batch: Batch) -> Batch:
         """To the consumer's device, and finished if that is asked for and not yet done."""

@@ -14,6 +14,7 @@ Each module of this package is imported only when its engine is asked about. To 
     open_engine(augmentation, *, device, threads, finished, approximate) -> Engine
 """
 
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -158,6 +159,17 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free threads and memory. May be called twice, and in the middle of a run."""
         ...
+
+
+def give_way() -> None:
+    """Let threads that wait for the interpreter have it for a moment.
+
+    They get it by themselves only every 5 ms (`sys.setswitchinterval`, which is the whole process's
+    and not ours to change), and a thread that prepares a batch would keep all engine threads
+    waiting meanwhile: with two of them that cost 4 % of the images/s. A sleep of 0 would not do:
+    the thread would be back before the others are awake.
+    """
+    time.sleep(2e-5)
 
 
 def _module(name: EngineName) -> "ModuleType":

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.batch import Batch
-from pipelines.engines import Approximation, SampleError, Work
+from pipelines.engines import Approximation, SampleError, Work, give_way
 from pipelines.engines.fused_program import Layout, lower
 from pipelines.engines.fused_room import Room, aligned, allocate, room
 from pipelines.engines.kernels import Program, Scratch, mix, render
@@ -116,6 +116,7 @@ class _Job:
         # The same memory twice, so that the compiled functions know one type of batch.
         self.values = target if program.finished else np.empty(0, np.float32)
         self.pixels = target.view(np.uint8)
+        self.sizes: list[list[int]] = work.plan.sizes.tolist()
         self.abandoned = False
         self.done = threading.Event()
         self.errors: dict[int, BaseException] = {}
@@ -123,6 +124,9 @@ class _Job:
         self._waiting: set[int] = set()
         self._left = len(work.encoded)
         self._lock = threading.Lock()
+
+    def sample_id(self, row: int) -> int:
+        return int(self.work.plan.ids[row])
 
     def rows(self) -> list[int]:
         """All rows, partners one after the other: the first should wait in a cache."""
@@ -157,6 +161,7 @@ class _Thread:
         self._rows = rows
         self._room = Room(*[0] * len(Room._fields))
         self._scratch: Scratch | None = None
+        self._fits: Room | None = None  # the last one that was asked for
         self._picture = np.empty(0, np.uint8)
         self._thread = threading.Thread(target=self._run, name="headrace-fused", daemon=True)
         self._thread.start()
@@ -177,16 +182,15 @@ class _Thread:
 
     def _render(self, job: _Job, row: int) -> None:
         scratch = self._fitting(job.need)
-        work = job.work
-        sample_id = int(work.plan.ids[row])
         try:
-            pixels = _decode(work.encoded[row], self._picture)
+            pixels = _decode(job.work.encoded[row], self._picture)
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
-            raise SampleError(sample_id, f"{type(error).__name__}: {error}") from error
-        height, width = work.plan.sizes[row].tolist()
-        if (pixels.height, pixels.width) != (height, width):
+            reason = f"{type(error).__name__}: {error}"
+            raise SampleError(job.sample_id(row), reason) from error
+        height, width = job.sizes[row]
+        if pixels.height != height or pixels.width != width:
             raise SampleError(
-                sample_id,
+                job.sample_id(row),
                 f"it is {pixels.width} x {pixels.height} pixels (width x height), but the index "
                 f"says {width} x {height}",
             )
@@ -206,10 +210,11 @@ class _Thread:
             mix(job.program, row, partner, scratch, job.values, job.pixels)
 
     def _fitting(self, need: Room) -> Scratch:
-        if self._scratch is None or any(map(gt, need, self._room)):
+        if self._scratch is None or (need is not self._fits and any(map(gt, need, self._room))):
             self._room = Room(*map(max, need, self._room))
             self._scratch = allocate(self._room)
             self._picture = aligned(self._room.picture, np.uint8)
+        self._fits = need
         return self._scratch
 
 
@@ -255,11 +260,14 @@ class FusedEngine:
 
     def _start(self, work: Work) -> _Job:
         program = lower(self._layout, work.plan)
+        give_way()
+        need = room(self._layout, program, work.plan.sizes)
+        give_way()
         samples = len(work.encoded)
         job = _Job(
             work,
             program,
-            room(self._layout, program, work.plan.sizes),
+            need,
             self._memory.take(self._layout.starts(samples)[1]),
         )
         for row in job.rows():
