@@ -175,9 +175,12 @@ def costs_section(lines: Sequence[Line]) -> str:
         ["recipe", "threads", "images/s", "least - most", "x 1 thread", "of decoding", "plans",
          "interpreter", "peak MB", "MB after 1, 10, 50 epochs", "first batch s"],
     ]  # fmt: skip
-    for line in lines:
-        if line["engine"] != "fused" or line["output"] != "float32":
-            continue
+    latest = {
+        (line["recipe"], line["threads"]): line
+        for line in lines
+        if line["engine"] == "fused" and line["output"] == "float32"
+    }
+    for line in latest.values():
         spread = f"{line['images_per_second_least']:,.0f} - {line['images_per_second_most']:,.0f}"
         epochs = line.get("anonymous_bytes_by_epoch", ())
         rows.append(
