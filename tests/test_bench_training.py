@@ -57,7 +57,12 @@ CUDA = {"device": "cuda", "engine": "dali"}
     ("bound", "rates", "setting", "said"),
     [
         ("model", {}, {}, "only a faster step helps"),
-        ("model", {"real": 1100.0}, {}, "only a machine with other work explains"),
+        (
+            "model",
+            {"real": 1100.0},
+            {},
+            "here they are no ceiling, unless the machine had other work",
+        ),
         ("storage", {**WAITING, "storage": 420.0}, {}, "on a faster or local disk"),
         ("storage", {**WAITING, "storage": 420.0}, {"packed": False}, "pack the images into"),
         ("decode", {**WAITING, "decode": 500.0, "loader": 420.0}, {}, "store smaller pictures"),

@@ -107,7 +107,10 @@ def sentence(measured: Measured, verdict: Verdict, setting: Setting) -> str:
     change = advice(verdict.bound, setting)
     slower = f"{lost:.1%} slower than with synthetic data"
     if verdict.lost < -AS_FAST:
-        slower = "faster than with synthetic data, which only a machine with other work explains"
+        slower = (
+            "faster than with synthetic data, which take some work to make and normalise too: here "
+            "they are no ceiling, unless the machine had other work"
+        )
     if verdict.bound == "model" and waits < HARDLY_WAITS and lost < AS_FAST:
         return (
             f"The run is bound by the model: it waits for data in {waits:.1%} of its time and is "
