@@ -5,7 +5,7 @@ B = samples of this rank's (micro-)batch, V = views. Views have one shape before
 memory), normalised floating point afterwards. No tensor aliases a buffer that an engine uses again.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -63,6 +63,8 @@ class Batch:
     masks: V entries, bool [B, N] (True = removed; MultiBlockMask: [B, 1 + targets, N]) or None
     where the view has no mask.
     draws: what the method declared for itself, by name, first axis B.
+    components: by name V entries, uint8 [B, 1, H_v, W_v] in 0..255, cropped and mirrored as the
+    view is, or None for a view that does not ask for it.
     erased: V entries, None where nothing is erased in the view. mixed: None without Mix. Both are
     done to views that are finished, and to be done to views that are still uint8.
     epoch, position: the epoch, and the place in it of the first sample of the *global* batch.
@@ -77,6 +79,7 @@ class Batch:
     draws: Mapping[str, torch.Tensor] = field(default_factory=dict)
     erased: tuple[Erased | None, ...] = ()
     mixed: Mixed | None = None
+    components: Mapping[str, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -92,6 +95,10 @@ class Batch:
             draws={name: move(draw) for name, draw in self.draws.items()},
             erased=tuple(None if erased is None else erased.map(move) for erased in self.erased),
             mixed=None if self.mixed is None else self.mixed.map(move),
+            components={
+                name: tuple(None if part is None else move(part) for part in parts)
+                for name, parts in self.components.items()
+            },
         )
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -103,3 +110,19 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; copies from pinned memory do not block."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """Micro-batches as the one batch that they are parts of, in their order."""
+    if len(batches) == 1:
+        return batches[0]
+    columns = zip(*(batch.tensors() for batch in batches), strict=True)
+    merged = iter([torch.cat(column) for column in columns])
+    whole = batches[0].map(lambda _: next(merged))
+    if whole.mixed is None:
+        return whole
+    # Partners are numbered from the first row of their own micro-batch.
+    lengths = torch.tensor([0, *(len(batch) for batch in batches[:-1])])
+    starts = lengths.cumsum(0).repeat_interleave(torch.tensor([len(b) for b in batches]))
+    partners = whole.mixed.partners + starts.to(whole.mixed.partners.device)
+    return replace(whole, mixed=replace(whole.mixed, partners=partners))

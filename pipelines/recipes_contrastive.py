@@ -19,7 +19,7 @@ PILLOW_BLUR = (
     "blur is a true Gaussian; the code's Pillow approximates one by three box blurs, which are 0.3 "
     "levels away on average over the sigmas, and 0.7 at the worst of them (0.7)"
 )
-_NO_BLUR = "no blur"
+NO_BLUR = "no blur"
 
 _TENSORFLOW_COLOURS = (
     "contrast turns around the mean of the grey picture; the code's around each channel's",
@@ -83,7 +83,7 @@ def simclr(
             "attempts before the whole picture and a least area of 0.1",
             "crop resizes with antialiasing; the code's resize_bicubic has none",
             *_TENSORFLOW_COLOURS,
-            *(blur_deviations if blur else (_NO_BLUR,)),
+            *(blur_deviations if blur else (NO_BLUR,)),
         ),
     )
 
@@ -102,7 +102,7 @@ def moco_v1(pixels: int = 224) -> Augmentation:
     return Augmentation("moco_v1", (View("view", ops, count=2),))
 
 
-def moco_v2(pixels: int = 224) -> Augmentation:
+def moco_v2(pixels: int = 224, *, blur: bool = True) -> Augmentation:
     """MoCo v2's two views, which SimSiam and PCL v2 take over.
 
     Chen et al. 2020, section 3; moco `main_moco.py` with `--aug-plus`.
@@ -111,13 +111,14 @@ def moco_v2(pixels: int = 224) -> Augmentation:
         RandomResizedCrop(pixels, (0.2, 1.0), interpolation="bilinear"),
         ColorJitter(0.4, 0.4, 0.4, 0.1, probability=0.8),
         Grayscale(0.2),
-        GaussianBlur(0.5, (0.1, 2.0)),
+        *((GaussianBlur(0.5, (0.1, 2.0)),) if blur else ()),
         Flip(0.5),
     )
-    return Augmentation("moco_v2", (View("view", ops, count=2),), deviations=(PILLOW_BLUR,))
+    deviations = (PILLOW_BLUR if blur else NO_BLUR,)
+    return Augmentation("moco_v2", (View("view", ops, count=2),), deviations=deviations)
 
 
-def moco_v3(pixels: int = 224, *, crop_min: float = 0.08) -> Augmentation:
+def moco_v3(pixels: int = 224, *, crop_min: float = 0.08, blur: bool = True) -> Augmentation:
     """MoCo v3's two views, unlike in blur and solarization: BYOL's by torchvision.
 
     Chen et al. 2021, appendix A; moco-v3 `main_moco.py`. `crop_min` is the least area of a crop:
@@ -129,28 +130,29 @@ def moco_v3(pixels: int = 224, *, crop_min: float = 0.08) -> Augmentation:
             RandomResizedCrop(pixels, (crop_min, 1.0), interpolation="bilinear"),
             ColorJitter(0.4, 0.4, 0.2, 0.1, probability=0.8),
             Grayscale(0.2),
-            GaussianBlur(blur_probability, (0.1, 2.0)),
+            *((GaussianBlur(blur_probability, (0.1, 2.0)),) if blur else ()),
             *last,
             Flip(0.5),
         )
 
     views = (View("view_1", ops(1.0)), View("view_2", ops(0.1, Solarize(0.2, 128))))
-    return Augmentation("moco_v3", views, deviations=(PILLOW_BLUR,))
+    return Augmentation("moco_v3", views, deviations=(PILLOW_BLUR if blur else NO_BLUR,))
 
 
-def byol(pixels: int = 224) -> Augmentation:
+def byol(pixels: int = 224, *, blur: bool = True) -> Augmentation:
     """BYOL's two views, unlike in blur and solarization, with additive brightness.
 
     Grill et al. 2020, appendix B; deepmind-research `byol/utils/augmentations.py` and `dataset.py`.
     """
 
     def ops(blur_probability: float, *last: ViewOp) -> tuple[ViewOp, ...]:
+        blur_op = GaussianBlur(blur_probability, (0.1, 2.0), _blur_kernel(pixels))
         return (
             RandomResizedCrop(pixels, (0.08, 1.0), interpolation="bicubic"),
             Flip(0.5),
             ColorJitter(0.4, 0.4, 0.2, 0.1, probability=0.8, additive_brightness=True),
             Grayscale(0.2),
-            GaussianBlur(blur_probability, (0.1, 2.0), _blur_kernel(pixels)),
+            *((blur_op,) if blur else ()),
             *last,
         )
 
@@ -163,7 +165,7 @@ def byol(pixels: int = 224) -> Augmentation:
             "code draws once and cuts the box down to the picture, whatever becomes of its aspect",
             "crop resizes with antialiasing; the code's tf.image.resize has none",
             *_TENSORFLOW_COLOURS,
-            "blur reflects the border; the code pads it with black",
+            "blur reflects the border; the code pads it with black" if blur else NO_BLUR,
         ),
     )
 
@@ -175,6 +177,7 @@ def swav(
     *,
     global_scale: tuple[float, float] = (0.14, 1.0),
     local_scale: tuple[float, float] = (0.05, 0.14),
+    blur: bool = True,
 ) -> Augmentation:
     """SwAV's multi-crop, which DeepCluster-v2 takes over; its colours are SimCLR's.
 
@@ -188,14 +191,18 @@ def swav(
             Flip(0.5),
             ColorJitter(0.8, 0.8, 0.8, 0.2, probability=0.8),
             Grayscale(0.2),
-            GaussianBlur(0.5, (0.1, 2.0)),
+            *((GaussianBlur(0.5, (0.1, 2.0)),) if blur else ()),
         )
 
     views = [View("global", ops(global_pixels, global_scale), 2)]
     if local_count != 0:
         views.append(View("local", ops(local_pixels, local_scale), local_count))
     return Augmentation(
-        "swav", tuple(views), IMAGENET_MEAN, (0.228, 0.224, 0.225), deviations=(PILLOW_BLUR,)
+        "swav",
+        tuple(views),
+        IMAGENET_MEAN,
+        (0.228, 0.224, 0.225),
+        deviations=(PILLOW_BLUR if blur else NO_BLUR,),
     )
 
 
@@ -262,7 +269,7 @@ def dino(
         local_scale,
         blur=(1.0, 0.1, 0.5) if blur else (0.0, 0.0, 0.0),
     )
-    return Augmentation("dino", views, deviations=(PILLOW_BLUR if blur else _NO_BLUR,))
+    return Augmentation("dino", views, deviations=(PILLOW_BLUR if blur else NO_BLUR,))
 
 
 def dino_resnet(

@@ -5,8 +5,6 @@ implementation has it; its gradient is taken by central differences. Beside each
 mistakes that are easily made, to show that the comparison would notice them.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -14,52 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.objective_checks import Array, assert_same, differs, log_softmax, value_and_gradient
+from training.blocks.tokens import kept_patches
 from training.methods.dino import Objective, dino_loss, teacher_temperature
-from training.methods.mae import kept_patches, normalize_patches, patchify, reconstruction_loss
+from training.methods.mae import normalize_patches, patchify, reconstruction_loss
 from training.methods.simclr import nt_xent
 from training.methods.supervised import cross_entropy
-
-Array = NDArray[np.float64]
-
-
-def numeric_gradient(loss: Callable[[Array], float], at: Array, width: float = 1e-5) -> Array:
-    gradient = np.zeros_like(at)
-    for index in np.ndindex(at.shape):
-        step = np.zeros_like(at)
-        step[index] = width
-        gradient[index] = (loss(at + step) - loss(at - step)) / (2 * width)
-    return gradient
-
-
-def value_and_gradient(
-    loss: Callable[[Tensor], Tensor], at: Array
-) -> tuple[float, NDArray[np.float32]]:
-    x = torch.tensor(at, dtype=torch.float32, requires_grad=True)
-    value = loss(x)
-    value.backward()
-    assert x.grad is not None
-    return float(value.detach()), x.grad.numpy()
-
-
-def assert_same(
-    ours: Callable[[Tensor], Tensor], oracle: Callable[[Array], float], at: Array
-) -> None:
-    value, gradient = value_and_gradient(ours, at)
-    assert value == pytest.approx(oracle(at), rel=2e-6, abs=1e-6)
-    expected = numeric_gradient(oracle, at)
-    scale = np.linalg.norm(expected)
-    assert scale > 1e-4, "a gradient of nothing would agree with anything"
-    assert np.linalg.norm(gradient - expected) < 1e-5 * scale
-
-
-def differs(ours: float, mutated: float) -> bool:
-    return abs(ours - mutated) > 1e-4 * abs(ours)
-
-
-def log_softmax(x: Array) -> Array:
-    shifted = x - x.max()
-    return shifted - np.log(np.exp(shifted).sum())
-
 
 # ---- DINO: eq. 1 to 3 and algorithm 1; dino main_dino.py, DINOLoss.forward
 

@@ -1,28 +1,44 @@
-"""Every method of the folder, small enough to run in a test; used by several test files."""
+"""Every method of the folder, small enough to run in a test; used by several test files.
+
+The data set is 64 smooth pictures; a view is a noisy copy of its sample's. What else a batch holds
+(masks, erasing, mixing, draws) comes from a Plan of the method's own recipe.
+"""
 
 import importlib
 import pkgutil
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import training.methods
 from pipelines.batch import Batch
-from pipelines.recipe import Augmentation, RandomMask
+from pipelines.draw import draw
+from pipelines.engines import Work
+from pipelines.engines.device_stage import device_stage
+from pipelines.recipe import Augmentation
 from training.backbones import EncoderFactory, resolve_options
-from training.config import Recipe
+from training.config import ConfigError, Recipe
+from training.gradients import Pass, average, backward, gradient_of
 from training.method import Facts, Method, Progress
+from training.world import World
 
 NAMES = sorted(module.name for module in pkgutil.iter_modules(training.methods.__path__))
 ENCODERS: dict[str, dict[str, object]] = {
     "test_resnet": {"zero_init_last": False},
     "test_vit": {"patch_size": 4, "global_pool": "avg", "depth": 3},
 }
+ONE = World()
 CLASSES = 16
+SAMPLES = 64  # of the tiny data set
+BATCH = 16
+EPOCH_STEPS = SAMPLES // BATCH
 
 # A hyper-parameter of one of these names is made small, whichever method has it.
 SMALL: dict[str, object] = {
@@ -30,10 +46,21 @@ SMALL: dict[str, object] = {
     "hidden_dim": 64,
     "bottleneck_dim": 32,
     "projection_dim": 32,
+    "prediction_dim": 32,
     "decoder_dim": 64,
     "decoder_depth": 1,
     "decoder_heads": 4,
     "freeze_last_layer_epochs": 0,
+    "queue_size": 32,
+    "num_prototypes": 12,
+    "clusters": 8,
+    "negatives": 24,
+}
+# What a single method needs beside that.
+SMALL_OF: dict[str, dict[str, object]] = {
+    "moco": {"batch_norm_group": 8},
+    "pcl": {"batch_norm_group": 4, "clusters": (6, 10), "warmup_epochs": 0},
+    "swav": {"queue_start_epochs": 0, "freeze_prototypes_steps": 1},
 }
 
 
@@ -41,32 +68,24 @@ def module_of(name: str) -> ModuleType:
     return importlib.import_module(f"training.methods.{name}")
 
 
-def masks_tokens(name: str) -> bool:
-    """Whether a method is for ViTs alone, as all its presets then show."""
-    presets: dict[str, Recipe] = module_of(name).PRESETS
-    return all(recipe.backbone.startswith("vit") for recipe in presets.values())
-
-
-CASES = [
-    (name, encoder)
-    for name in NAMES
-    for encoder in ENCODERS
-    if encoder == "test_vit" or not masks_tokens(name)
-]
-
-
 def small_recipe(name: str, **changes: object) -> Recipe:
     """The method's CIFAR preset with a small head; `changes` go over its hyper-parameters."""
     recipe: Recipe = module_of(name).PRESETS["cifar"]
     known = {field.name for field in fields(recipe.objective)}
-    unknown = changes.keys() - known
+    unknown = {*changes, *SMALL_OF.get(name, {})} - known
     assert not unknown, f"{name} has no hyper-parameter {unknown}"
-    small = {key: value for key, value in {**SMALL, **changes}.items() if key in known}
-    return replace(recipe, objective=replace(recipe.objective, **small))
+    wanted = {**SMALL, **SMALL_OF.get(name, {}), **changes}
+    small = {key: value for key, value in wanted.items() if key in known}
+    # Ranks and micro-batches of these tests hold whole groups of 4.
+    augmentation = replace(recipe.augmentation, group=min(recipe.augmentation.group, 4))
+    return replace(recipe, objective=replace(recipe.objective, **small), augmentation=augmentation)
 
 
 def build(name: str, encoder: str, *, seed: int = 0, **changes: object) -> Method:
-    """The method over a tiny encoder. Leaves torch's global generator as it was."""
+    """The method over a tiny encoder, at the beginning of its first epoch.
+
+    Leaves torch's global generator as it was.
+    """
     recipe = small_recipe(name, **changes)
     pixels = tuple(view.size for view in recipe.augmentation.flat_views)
     options: dict[str, Any] = resolve_options(
@@ -74,69 +93,145 @@ def build(name: str, encoder: str, *, seed: int = 0, **changes: object) -> Metho
     )
     facts = Facts(
         num_classes=CLASSES,
-        train_samples=64,
+        train_samples=SAMPLES,
         view_pixels=pixels,
-        batch_size=16,
-        steps_per_epoch=4,
+        batch_size=BATCH,
+        steps_per_epoch=EPOCH_STEPS,
         total_steps=20,
+        masks=tuple(view.mask for view in recipe.augmentation.flat_views),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return module_of(name).build(recipe.objective, EncoderFactory(encoder, options), facts)
+        method = module_of(name).build(recipe.objective, EncoderFactory(encoder, options), facts)
+    method.before_epoch(TinyContext(recipe), progress_at(0))
+    return method
+
+
+@cache
+def refusal(name: str, encoder: str) -> str | None:
+    """Why a method does not take an encoder; None where it does.
+
+    Any error is one, so that a broken method fails its own tests (a refusal has to read well) and
+    not everybody's.
+    """
+    try:
+        build(name, encoder)
+    except ConfigError as error:
+        return str(error)
+    except Exception as error:
+        return f"{error!r}"
+    return None
 
 
 def progress_at(step: int) -> Progress:
-    return Progress(step=step, total_steps=20, steps_per_epoch=4, seed=5)
+    return Progress(step=step, total_steps=20, steps_per_epoch=EPOCH_STEPS, seed=5)
 
 
-def make_batch(augmentation: Augmentation, samples: int = 16, seed: int = 0) -> Batch:
-    """Smooth pictures, one per class, of which each view is a noisy copy; masks as declared."""
+def pictures(ids: Tensor, pixels: int, noise: float, generator: torch.Generator) -> Tensor:
+    """uint8 [n, 3, pixels, pixels], channels last: smooth and different for every sample."""
+    fixed = torch.Generator().manual_seed(99)
+    every = torch.randn(SAMPLES, 3, 5, 5, generator=fixed)
+    every += 1.5 * torch.randn(SAMPLES, 3, 1, 1, generator=fixed)  # dark, light, red, green ones
+    smooth = F.interpolate(every[ids], size=(pixels, pixels), mode="bicubic")
+    smooth += noise * torch.randn(smooth.shape, generator=generator)
+    seen = (255 * torch.sigmoid(3 * smooth)).round().to(torch.uint8)
+    return seen.contiguous(memory_format=torch.channels_last)
+
+
+def finished(augmentation: Augmentation, ids: Tensor, epoch: int = 0, seed: int = 0) -> Batch:
+    """These samples as a loader delivers them."""
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(samples, 3, 5, 5, generator=generator)
-    views: list[Tensor] = []
-    masks: list[Tensor | None] = []
-    for view in augmentation.flat_views:
-        smooth = F.interpolate(coarse, size=(view.size,) * 2, mode="bicubic")
-        noise = torch.randn(smooth.shape, generator=generator)
-        views.append((smooth + 0.03 * noise).contiguous(memory_format=torch.channels_last))
-        mask = None
-        if view.mask is not None:
-            assert isinstance(view.mask, RandomMask)
-            patches = (view.size // view.mask.patch_pixels) ** 2
-            ranks = torch.rand(samples, patches, generator=generator).argsort(dim=1).argsort(dim=1)
-            mask = ranks >= int(patches * (1 - view.mask.ratio))
-        masks.append(mask)
-    return Batch(
-        views=tuple(views),
-        labels=torch.arange(samples) % CLASSES,
-        ids=torch.randperm(1000, generator=generator)[:samples],
-        masks=tuple(masks),
-        epoch=0,
+    plan = draw(
+        augmentation,
+        seed=seed,
+        epoch=epoch,
         position=0,
+        ids=ids.numpy(),
+        occurrences=np.zeros(len(ids), np.int32),
+        sizes=np.full((len(ids), 2), 40, np.int32),
     )
+    views = tuple(pictures(ids, view.size, 0.05, generator) for view in augmentation.flat_views)
+    batch = Work(plan, [], (ids % CLASSES).numpy()).batch(views)
+    return device_stage(batch, augmentation.mean, augmentation.std, device=torch.device("cpu"))
 
 
-def batch_of(name: str, samples: int = 16, seed: int = 0) -> Batch:
+def make_batch(augmentation: Augmentation, samples: int = BATCH, seed: int = 0) -> Batch:
+    """Distinct samples of the tiny data set."""
+    generator = torch.Generator().manual_seed(seed)
+    return finished(augmentation, torch.randperm(SAMPLES, generator=generator)[:samples], seed=seed)
+
+
+def batch_of(name: str, samples: int = BATCH, seed: int = 0) -> Batch:
     return make_batch(small_recipe(name).augmentation, samples, seed)
 
 
+@dataclass(frozen=True)
+class TinyContext:
+    """The `Context` of `before_epoch`: the whole tiny data set, a rank's contiguous share of it."""
+
+    recipe: Recipe
+    world: World = ONE
+
+    def features(
+        self, module: Callable[[Tensor], Tensor], view: str = "test"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        views = {known.name: known for known in self.recipe.augmentation.views}
+        whole = self.recipe.test if view == "test" else self.recipe.augmentation
+        chosen = self.recipe.test.views[0] if view == "test" else views[view]
+        alone = replace(whole, views=(replace(chosen, count=1),), mix=None, group=1, draws=())
+        modes = {}
+        if isinstance(module, nn.Module):
+            modes = {part: part.training for part in module.modules()}
+            module.eval()
+        for ids in torch.arange(SAMPLES).chunk(self.world.size)[self.world.rank].split(8):
+            with torch.no_grad():
+                yield ids, module(finished(alone, ids).views[0]).float()
+        for part, training_mode in modes.items():
+            part.training = training_mode
+
+
+def share(batch: Batch, rows: slice) -> Batch:
+    """Some of a batch's samples, as a rank or a micro-batch has them; whole groups."""
+    part = batch.map(lambda tensor: tensor[rows])
+    if part.mixed is None:
+        return part
+    return replace(part, mixed=replace(part.mixed, partners=part.mixed.partners - rows.start))
+
+
 def train_step(
-    method: Method, optimizer: torch.optim.Optimizer, parts: list[Batch], progress: Progress
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    parts: list[Batch],
+    progress: Progress,
+    *,
+    world: World | None = None,
+    context: TinyContext | None = None,
+    model: nn.Module | None = None,
+    cached: bool = False,
 ) -> Tensor:
-    """As in train.py; the mean loss over the micro-batches."""
+    """As in train.py; the mean loss of the main phase over the micro-batches."""
+    if progress.step % progress.steps_per_epoch == 0 and context is not None:
+        method.before_epoch(context, progress)
     method.before_step(progress)
-    optimizer.zero_grad()
-    losses, embeddings = [], []
-    for part in parts:
-        outputs, embedded = method(part, progress)
-        (outputs["loss"] / len(parts)).backward()
-        losses.append(outputs["loss"].detach())
-        embeddings.append({name: value.detach() for name, value in embedded.items()})
-    method.after_backward(progress)
-    optimizer.step()
-    method.after_step(embeddings, parts, progress)
-    return torch.stack(losses).mean()
+    done: Pass | None = None
+    for phase, trained in method.phases().items():
+        at = replace(progress, phase=phase)
+        optimizer.zero_grad()
+        with gradient_of(method, trained):
+            done = backward(
+                method if model is None else model, iter(parts), len(parts), at, cached=cached
+            )
+        if model is None:
+            average(trained, world or ONE)
+        method.after_backward(at)
+        optimizer.step()
+    assert done is not None
+    method.after_step(done.embeddings, done.batches, progress)
+    return torch.stack(done.losses).mean()
 
 
 def sgd(method: Method, rate: float = 0.01) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=rate)
+
+
+CASES = [(name, encoder) for name in NAMES for encoder in ENCODERS if not refusal(name, encoder)]

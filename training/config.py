@@ -29,7 +29,7 @@ class ConfigError(ValueError):
 class Optim:
     """The optimiser and its schedules. Schedules are functions of the run's progress in [0, 1]."""
 
-    name: Literal["adamw", "sgd", "lars"] = "adamw"
+    name: Literal["adamw", "sgd", "lars", "larc", "lamb"] = "adamw"
     learning_rate: float = 5e-4
     """Peak, for a batch of 256: multiplied by batch / 256 unless scale-with-batch is off."""
     final_learning_rate: float = 0.0
@@ -46,19 +46,20 @@ class Optim:
     """steps: fractions of the run at which the learning rate is multiplied by step-factor."""
     step_factor: float = 0.1
     weight_decay: float = 0.04
-    """AdamW: decoupled; SGD and LARS: added to the gradient."""
+    """AdamW: decoupled; SGD, LARS and LARC: added to the gradient; LAMB: to the step, before it is
+    rescaled."""
     final_weight_decay: float | None = None
     """Weight decay at the end of the run, reached on a cosine; None keeps it constant."""
     momentum: float = 0.9
-    """SGD and LARS."""
+    """SGD, LARS and LARC."""
     nesterov: bool = False
     """SGD."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW."""
+    """AdamW and LAMB."""
     epsilon: float = 1e-8
-    """AdamW."""
+    """AdamW; LAMB, where 1e-6 is usual."""
     trust_coefficient: float = 1e-3
-    """LARS."""
+    """LARS and LARC."""
     clip_norm: float | None = None
     """Clip the global gradient norm to this."""
 
@@ -122,6 +123,9 @@ class Run:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     accumulate: int = 1
     """Micro-batches per optimiser step."""
+    gradient_cache: bool = False
+    """Let the loss see all micro-batches of a step at once, for one more forward pass: the batch
+    of contrastive methods is then not bound by memory."""
     batch_norm: Literal["global", "local"] = "global"
     """global: statistics over all ranks, so that the world size does not change the numbers."""
     compile: bool = False
@@ -191,6 +195,7 @@ class Config:
                 "total_steps": total_steps,
                 "precision": precision,
                 "accumulate": self.run.accumulate,
+                "gradient_cache": self.run.gradient_cache,
                 "batch_norm": self.run.batch_norm,
                 "world_size": world_size if local else "any",
             }
@@ -260,6 +265,10 @@ def check(config: Config) -> None:
             raise ConfigError(f"{option} is {value}; it must not be negative")
     if not 0 <= data.holdout < 1:
         raise ConfigError(f"--data.holdout is {data.holdout}; it is a fraction in [0, 1)")
+    if run.gradient_cache and run.accumulate == 1:
+        raise ConfigError(
+            "--run.gradient-cache needs micro-batches: give --run.accumulate, their number per step"
+        )
     approximations(data.approximate)
 
 

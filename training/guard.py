@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.batch import Batch
+from training.blocks.memory import RowMemory
 from training.world import World, gather_objects, largest_over_ranks
 
 _HOST_IS_AHEAD_STEPS = 2
@@ -62,9 +63,16 @@ class Guard:
     """Call begin, check (before the optimiser), end, read; once per step each, on every rank."""
 
     def __init__(
-        self, method: nn.Module, optimizer: torch.optim.Optimizer, world: World, signals: Signals
+        self,
+        method: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        signals: Signals,
+        early: Sequence[Tensor] = (),
     ) -> None:
+        """early: what phases before the last one train, and so may have moved when that fails."""
         self._method, self._world, self._signals = method, world, signals
+        self._optimizer, self._early = optimizer, early
         trained = {p for group in optimizer.param_groups for p in group["params"]}
         self._frozen = [p for p in method.parameters() if p not in trained]
         self._saved: list[Tensor] = []
@@ -77,11 +85,29 @@ class Guard:
 
     def _state(self) -> list[Tensor]:
         # Asked for anew each time: a method may put another tensor in a buffer's place.
-        return [*self._frozen, *self._method.buffers()]
+        rows = {memory.rows for memory in self._memories()}
+        moments = [
+            value
+            for parameter in self._early
+            for value in self._optimizer.state[parameter].values()
+            if isinstance(value, Tensor)
+        ]
+        return [
+            *self._early,
+            *moments,
+            *self._frozen,
+            *(b for b in self._method.buffers() if b not in rows),
+        ]
+
+    def _memories(self) -> list[RowMemory]:
+        """Too large to copy at every step; they undo their own."""
+        return [module for module in self._method.modules() if isinstance(module, RowMemory)]
 
     @torch.no_grad()
     def begin(self) -> None:
         """Before anything of the step changes: copy what no optimiser updates."""
+        for memory in self._memories():
+            memory.begin_step()
         state = self._state()
         if [t.shape for t in state] != [t.shape for t in self._saved]:
             self._saved = [torch.empty_like(tensor) for tensor in state]
@@ -102,6 +128,8 @@ class Guard:
         blocked = self.blocked > 0
         for tensor, saved in zip(self._state(), self._saved, strict=True):
             tensor.copy_(torch.where(blocked, saved, tensor))
+        for memory in self._memories():
+            memory.undo(blocked)
         self._ids.append((step, [batch.ids for batch in batches]))
         flags = torch.stack([self.blocked, self._flags[1]])
         if flags.device.type == "cuda":

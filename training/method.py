@@ -6,6 +6,9 @@ A method is one file, `training/methods/<name>.py`, found by its name. It offers
     PRESETS              dict name -> config.Recipe: the published recipe and a CIFAR-sized one
     build(objective, make_encoder, facts) -> Method
     BACKBONE_OPTIONS     optional: timm options that every backbone of this method gets
+    JUDGED_BY            optional: "knn" (default) or "linear", what tells whether it has learnt
+    INIT_IS_TEACHER      optional: True where --init names a teacher's run, `Facts.init`, and not
+                         the weights that the encoder starts from
 
 and knows no loader, no engine and no optimiser. `train.py` knows no method. A dotted name
 (`--method my_package.my_method`) loads a file from outside the repository.
@@ -13,17 +16,23 @@ and knows no loader, no engine and no optimiser. `train.py` knows no method. A d
 Every rank returns its share: the mean over ranks of loss and gradient is the global batch's loss
 and gradient. State that lives across steps (queues, banks, centres, teachers) changes only in
 before_epoch, before_step and after_step, once per step and not once per micro-batch.
+
+An adversary is a phase: parameters with their own loss and step. In each step the phases run in
+their order, each on the same batch: `forward` with `progress.phase`, a gradient for the phase's
+parameters alone, `after_backward`, an optimiser step for them.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pipelines.batch import Batch
+from pipelines.recipe import Mask
 
 
 class MakeEncoder(Protocol):
@@ -34,7 +43,7 @@ class MakeEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a method may know of the run it is built for."""
+    """What a method may know of the run it is built for. masks: as declared, one entry per view."""
 
     num_classes: int
     train_samples: int
@@ -42,6 +51,11 @@ class Facts:
     batch_size: int
     steps_per_epoch: int
     total_steps: int
+    init: Path | None = None
+    masks: tuple[Mask | None, ...] = ()
+
+
+MAIN_PHASE = "main"
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,7 @@ class Progress:
     total_steps: int
     steps_per_epoch: int
     seed: int
+    phase: str = MAIN_PHASE
 
     @property
     def fraction(self) -> float:
@@ -65,6 +80,11 @@ class Progress:
     @property
     def total_epochs(self) -> float:
         return self.total_steps / self.steps_per_epoch
+
+    @property
+    def epoch_start(self) -> "Progress":
+        """At the first step of this epoch."""
+        return replace(self, step=self.epoch * self.steps_per_epoch)
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
         """Randomness of the model's side, keyed by (seed, step, purpose): equal on every rank.
@@ -95,7 +115,11 @@ class Method(nn.Module):
     encoder: nn.Module
 
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """Networks only: batch -> embeddings of this rank's samples (first axis or per view)."""
+        """Networks only: batch -> embeddings, whose first axis is this rank's samples.
+
+        The same again when called again, but for batch norm's running statistics: a gradient cache
+        (`--run.gradient-cache`) does so.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no method embed")
 
     def objective(
@@ -122,17 +146,36 @@ class Method(nn.Module):
             {"params": [p for _, p in trained if p.ndim <= 1], "decay": False},
         ]
 
+    def phases(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by phase, in the order in which a step runs them; `MAIN_PHASE` is one."""
+        return {MAIN_PHASE: [p for p in self.parameters() if p.requires_grad]}
+
     def before_epoch(self, context: Context, progress: Progress) -> None: ...
+
+    def order_table(self, progress: Progress) -> Tensor | None:  # noqa: ARG002
+        """Ids of this epoch's positions, int64, where the method asks for an order of its own.
+
+        Asked for after before_epoch and again by a resume within the epoch: a function of the
+        method's state and of (seed, epoch) alone, equal on every rank. Its length is at most the
+        epoch's; positions beyond whole batches are dropped.
+        """
+        return None
 
     def before_step(self, progress: Progress) -> None: ...
 
     def after_backward(self, progress: Progress) -> None:
-        """Between backward and the optimiser: gradients are complete and averaged over ranks."""
+        """Between backward and the optimiser: gradients are complete and averaged over ranks.
+
+        Once per phase.
+        """
 
     def after_step(
         self, embeddings: list[dict[str, Tensor]], batches: list[Batch], progress: Progress
     ) -> None:
-        """After the optimiser: teacher, centre, queue. One entry per micro-batch, detached."""
+        """After the optimiser: teacher, centre, queue. One entry per micro-batch, detached.
+
+        With several phases the embeddings are those of the last one.
+        """
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
         """Per-sample results on a held-out batch, e.g. {"top1": bool [B]}; {} where none apply."""

@@ -7,23 +7,21 @@
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.batch import Batch
 from pipelines.loader import Loader
 from shards.store import Store
 from training import checkpoint, optim
-from training.backbones import EncoderFactory, read_initial, resolve_options
+from training.backbones import resolve_options
 from training.blocks import norm
+from training.build import build_method
 from training.command_line import parse_command_line
-from training.config import Config, find_method, steps_between, total_steps
+from training.config import Config, steps_between, total_steps
 from training.ending import run_and_exit
+from training.gradients import has_batch_norm
 from training.guard import Guard, Signals, catch_signals
 from training.meters import Journal, Meters
 from training.method import Facts, Method, Progress
@@ -36,8 +34,9 @@ from training.samples import (
     read_subset,
     with_paths,
 )
+from training.step import Step, early_parameters, model_for
 from training.validation import evaluates, validate
-from training.world import World, distributed, join, seed_layers
+from training.world import World, join, seed_layers
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -64,25 +63,31 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
     steps = total_steps(run, epoch_steps)
 
     # ----------------------------------------------------------------------------------- Method
-    torch.manual_seed(run.seed)  # the weights' randomness, equal on every rank
     view_pixels = tuple(view.size for view in config.augmentation.flat_views)
+    masks = tuple(view.mask for view in config.augmentation.flat_views)
     test_pixels = config.test.flat_views[0].size
     options = resolve_options(config.backbone, config.backbone_options, view_pixels, test_pixels)
-    initial = read_initial(config.init) if config.init and not before else None
-    make_encoder = EncoderFactory(config.backbone, options, initial=initial, compiled=run.compile)
-    facts = Facts(len(store.classes), len(store), view_pixels, data.batch_size, epoch_steps, steps)
-    method: Method = find_method(config.method).build(config.objective, make_encoder, facts)
+    sizes = len(store.classes), len(store), view_pixels, data.batch_size, epoch_steps, steps
+    method = build_method(
+        config.method,
+        config.objective,
+        config.backbone,
+        options,
+        Facts(*sizes, init=config.init, masks=masks),
+        run.seed,
+        resumed=before is not None,
+        compiled=run.compile,
+    )
     method.to(world.device)
     if run.batch_norm == "global":
         norm.convert(method, world)
-    model = distributed(method, world)
+    model = model_for(method, world, cached=run.gradient_cache)
 
     # ---------------------------------------------------------------------------- Optimisation
     schedule = optim.Schedule(config.optim, data.batch_size, steps / epoch_steps)
     optimizer = optim.build_optimizer(method.param_groups(), schedule)
-    trained = optim.trained_parameters(optimizer)
     bf16 = run.precision == "bf16" or (run.precision == "auto" and world.device.type == "cuda")
-    guard = Guard(method, optimizer, world, signals)
+    guard = Guard(method, optimizer, world, signals, early_parameters(method))
 
     # ------------------------------------------------------------------------------ Other passes
     context = feature_pass(config, store, subset, world, loader.engine_name, bf16=bf16)
@@ -98,6 +103,8 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
         checkpoint.require_same(out, before["fingerprint"], fingerprint)
         method.load_state_dict(before["method"])
         optimizer.load_state_dict(before["optimizer"])
+        if before["step"] % epoch_steps:
+            follow_table(loader, method, Progress(before["step"], steps, epoch_steps, run.seed))
         loader.load_state_dict(before["loader"])
     start = before["step"] if before else 0
     meters = Meters(world, data.batch_size, before["meters"] if before else None)
@@ -105,6 +112,9 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
         derived = {"steps": steps, "learning_rate": schedule.peak, "world_size": world.size}
         derived |= {"engine": loader.engine_name, "precision": context.precision}
         checkpoint.begin(out, start, config.declaration(), derived, fingerprint)
+
+    numbers = run.accumulate, config.optim.clip_norm, bf16, run.gradient_cache
+    one = Step(method, model, optimizer, guard, meters, world, *numbers)
 
     def state(step: int) -> dict[str, Any]:
         return {
@@ -126,40 +136,23 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
             f"step {start} of {steps} on {world.size} x {world.device.type}, "
             f"peak learning rate {schedule.peak:.3g}"
         )
+        if run.gradient_cache and has_batch_norm(method):
+            journal.say(
+                "gradient cache: this network's batch norm normalises each micro-batch by itself, "
+                "so that gradients are not those of the whole batch"
+            )
         batches = forever(loader)
         for step in range(start, steps):
             progress = Progress(step, steps, epoch_steps, run.seed)
             guard.begin()
             seed_layers(run.seed, step, world)
             if step % epoch_steps == 0:
-                method.before_epoch(context, progress)
-            method.before_step(progress)
+                with meters.paused():
+                    method.before_epoch(context, progress)
+                    follow_table(loader, method, progress)
             rates = schedule.apply(optimizer, progress.fraction)
-
-            taken, embeddings, losses = [], [], []
-            for part in range(run.accumulate):
-                with meters.waiting():
-                    batch = next(batches)
-                more = part + 1 < run.accumulate
-                ddp = isinstance(model, DistributedDataParallel)
-                with model.no_sync() if ddp and more else nullcontext():
-                    with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-                        outputs, embedded = model(batch, progress)
-                    (outputs["loss"] / run.accumulate).backward()
-                meters.add(outputs)
-                taken.append(batch)
-                embeddings.append({name: tensor.detach() for name, tensor in embedded.items()})
-                losses.append(outputs["loss"].detach())
-            gradient_norm = optim.gradient_norm(trained)
-            guard.check([*losses, gradient_norm])
-            if config.optim.clip_norm is not None:
-                optim.clip_gradients(trained, gradient_norm, config.optim.clip_norm)
-            method.after_backward(progress)
-            optimizer.step()
-            optimizer.zero_grad()
-            method.after_step(embeddings, taken, progress)
+            taken = one.take(batches, progress)
             guard.end(step + 1, taken)
-            meters.step({"gradient_norm": gradient_norm})
             journal.advance()
 
             # What follows looks at the device, each at its own cadence.
@@ -184,6 +177,13 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
                 return guard.exit_code
         journal.say(f"finished: {out} is at step {steps} of {steps}")
     return 0
+
+
+def follow_table(loader: Loader, method: Method, progress: Progress) -> None:
+    """The method's own order of this epoch, where it has one."""
+    table = method.order_table(progress.epoch_start)
+    if table is not None:
+        loader.use_table(table.cpu().numpy())
 
 
 def forever(loader: Loader) -> Iterator[Batch]:

@@ -38,13 +38,25 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     return sum_over_ranks(tensor) / world_size()
 
 
+@torch.no_grad()
+def gather_rows(tensor: Tensor) -> Tensor:
+    """[n, ...] on each of W ranks -> [W * n, ...] on all, in the order of the ranks; any dtype.
+
+    Without gradient; n must be the same everywhere.
+    """
+    if world_size() == 1:
+        return tensor.detach()
+    tensor = tensor.detach().contiguous()
+    pieces = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(pieces, tensor)
+    return torch.cat(pieces)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         ctx.rows = len(tensor)
-        pieces = [torch.empty_like(tensor) for _ in range(world_size())]
-        dist.all_gather(pieces, tensor)
-        return torch.cat(pieces)
+        return gather_rows(tensor)
 
     @staticmethod
     @once_differentiable
@@ -62,4 +74,4 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return tensor
-    return _Gather.apply(tensor.contiguous())
+    return _Gather.apply(tensor)

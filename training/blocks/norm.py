@@ -6,6 +6,7 @@ around the local mean and added up in double precision, so that no digits cancel
 twice torch's own CPU kernels, which is why one rank alone keeps those.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ class GlobalBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, unbiased_variance: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None:
+        if self.running_mean is None or self.running_var is None or not self.track_running_stats:
             return
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
@@ -134,14 +135,15 @@ def convert(module: nn.Module, world: World) -> nn.Module:
     """
     if world.size == 1:
         return module
-    if world.device.type == "cuda":
-        return convert_sync_batchnorm(module)
-    return _replace(module)
+    on_cuda = world.device.type == "cuda"
+    return _replace(module, convert_sync_batchnorm if on_cuda else GlobalBatchNorm)
 
 
-def _replace(module: nn.Module) -> nn.Module:
-    if isinstance(module, _BatchNorm) and not isinstance(module, GlobalBatchNorm):
-        return GlobalBatchNorm(module)
+def _replace(module: nn.Module, make: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
+    if isinstance(module, GlobalBatchNorm):
+        return module  # one that knows of the ranks already
+    if isinstance(module, _BatchNorm):
+        return make(module)
     for name, child in module.named_children():
-        setattr(module, name, _replace(child))
+        setattr(module, name, _replace(child, make))
     return module

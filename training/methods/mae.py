@@ -21,6 +21,7 @@ from pipelines import recipes
 from pipelines.batch import Batch
 from training.blocks.gather import mean_over_ranks
 from training.blocks.positions import sine_cosine
+from training.blocks.tokens import kept_patches, take
 from training.config import ConfigError, Optim, Recipe
 from training.method import Facts, MakeEncoder, Method, Progress
 
@@ -65,16 +66,6 @@ def reconstruction_loss(
     if masked is None:
         masked = mask.sum()
     return (errors * mask).sum() / masked
-
-
-def kept_patches(mask: Tensor, count: int) -> Tensor:
-    """int64 [B, count]: where `mask` [B, N] is False, in ascending order."""
-    return mask.byte().argsort(dim=1, stable=True)[:, :count]
-
-
-def take(tokens: Tensor, indices: Tensor) -> Tensor:
-    """tokens [B, N, D], indices int64 [B, n] -> [B, n, D]."""
-    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 class Decoder(nn.Module):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from pipelines import recipes
 from pipelines.batch import Batch
 from training.blocks.gather import gather_with_gradient, rank
-from training.blocks.heads import ProjectionHead, feature_dim
+from training.blocks.heads import Mlp, feature_dim
 from training.config import ConfigError, Optim, Recipe
 from training.method import Facts, MakeEncoder, Method, Progress
 
@@ -67,8 +67,12 @@ class SimClr(Method):
         self.options = options
         self.encoder = make_encoder()
         width = feature_dim(self.encoder)
-        self.projection = ProjectionHead(
-            width, width, options.projection_dim, options.projection_layers
+        self.projection = Mlp(
+            width,
+            width,
+            options.projection_dim,
+            options.projection_layers,
+            last_norm="no_shift",
         )
 
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
