@@ -10,11 +10,11 @@ The state is what was *delivered*: prefetched batches are thrown away by a resum
 """
 
 import copy
-import json
 import os
 import time
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,10 +24,13 @@ from numpy.typing import NDArray
 
 from pipelines import engines
 from pipelines.batch import Batch
+from pipelines.components import open_components
+from pipelines.differences import differences, plain
 from pipelines.draw import PLAN_VERSION
 from pipelines.order import Order, OrderError, Part, Shuffle
 from pipelines.recipe import Augmentation
 from pipelines.stream import LoaderError, Place, Stream, Worker, receive
+from pipelines.table import Table, make_table
 from shards.store import Store
 
 __all__ = [
@@ -40,7 +43,6 @@ __all__ = [
 ]
 
 _DIFFERENCES_SHOWN = 5
-_ABSENT = "(absent)"
 
 
 def _require(holds: bool, message: str) -> None:
@@ -76,13 +78,14 @@ class Loader:
         self.wait_seconds = 0.0
         self.engine_name = stream.engine_name
         self.steps_per_epoch = stream.order.steps_per_epoch
-        self.fingerprint: dict[str, Any] = _plain(
+        self.fingerprint: dict[str, Any] = plain(
             {
                 "store": stream.store.fingerprint,
                 "order": stream.order.declaration(),
                 "plan": {"version": PLAN_VERSION},
                 "augmentation": stream.augmentation.declaration(),
                 "engine": {"name": engine.name, "approximations": sorted(engine.approximations)},
+                **stream.component_fingerprints,
             }
         )
 
@@ -143,6 +146,35 @@ class Loader:
         self._finalizer = weakref.finalize(self, worker.stop)
         return worker
 
+    def use_table(self, ids: NDArray[np.int64] | None) -> None:
+        """Let `ids` [n] be this epoch's order, by position; None: the order's own.
+
+        For the current epoch alone, before its first batch is taken or, to go on in the middle of
+        an epoch, before load_state_dict. n is at least the epoch's length, what is beyond is
+        dropped, and ids may repeat: see `table.make_table`. Batches that were prefetched in another
+        order are thrown away. Every rank gives the same ids.
+        Raises LoaderError for an epoch that has begun and a table that does not fit the order.
+        """
+        epoch, step, part = self._next
+        _require(
+            step == part == 0,
+            f"a table is the order of a whole epoch, and {step} steps of epoch {epoch} were "
+            f"delivered in another one",
+        )
+        try:
+            table = None if ids is None else make_table(self._stream.order, epoch, ids)
+        except OrderError as error:
+            raise LoaderError(f"{self._stream.store.uri}: {error}") from error
+        if _digest(table) != _digest(self._table):
+            self._halt()
+            self._stream = replace(self._stream, table=table)
+
+    @property
+    def _table(self) -> Table | None:
+        """The current epoch's."""
+        table = self._stream.table
+        return table if table is not None and table.epoch == self._next.epoch else None
+
     def _halt(self) -> None:
         if self._finalizer is not None:
             self._finalizer()  # stops the worker, once
@@ -157,10 +189,10 @@ class Loader:
             self._idle_engine = None
 
     def state_dict(self) -> dict[str, Any]:
-        """{"epoch", "position", "fingerprint"}: where the next step starts; JSON-ready.
+        """{"epoch", "position", "table", "fingerprint"}: where the next step starts; JSON-ready.
 
         position: samples of the epoch's global order whose steps were delivered. After an epoch's
-        last step it is position 0 of the next epoch.
+        last step it is position 0 of the next epoch. table: sha256 of the epoch's table, or None.
         Raises LoaderError between the micro-batches of a step.
         """
         epoch, step, part = self._next
@@ -172,12 +204,15 @@ class Loader:
         return {
             "epoch": epoch,
             "position": step * self._stream.order.batch_size,
+            "table": _digest(self._table),
             "fingerprint": copy.deepcopy(self.fingerprint),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken, with any world size, accumulation or thread count.
 
+        The table of an epoch that had one is given to `use_table` before; where the epoch has yet
+        to begin, that may also come afterwards.
         Raises LoaderError, changing nothing, for a state of another stream: it names what differs.
         """
         try:
@@ -185,7 +220,7 @@ class Loader:
             theirs = state["fingerprint"]
         except (KeyError, TypeError, ValueError) as error:
             raise LoaderError(f"this is no state of a loader: {error!r}") from error
-        found = differences(_plain(theirs), self.fingerprint)
+        found = differences(plain(theirs), self.fingerprint)
         shown = "; ".join(found[:_DIFFERENCES_SHOWN])
         more = len(found) - _DIFFERENCES_SHOWN
         _require(
@@ -200,39 +235,28 @@ class Loader:
             f"epoch {epoch}, position {position} is no start of a step: epochs have "
             f"{order.epoch_length} positions in batches of {order.batch_size}",
         )
+        table, theirs, ours = self._table, state.get("table"), _digest(self._table)
+        if theirs is None and step == 0:
+            table = None  # nothing of that epoch was delivered in any order
+        else:
+            _require(
+                theirs == ours,
+                f"the state was taken in an epoch ordered by {_named(theirs)}, and this loader has "
+                f"{_named(ours)}: give use_table the ids of that epoch first",
+            )
         self._halt()
         self._next = Place(epoch, step, 0)
+        self._stream = replace(
+            self._stream, table=None if table is None else replace(table, epoch=epoch)
+        )
 
 
-def _plain(value: Any) -> Any:
-    """As it comes back from a JSON file: tuples as lists, keys as strings."""
-    return json.loads(json.dumps(value))
+def _digest(table: Table | None) -> str | None:
+    return None if table is None else table.digest
 
 
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    match value:
-        case dict() if value:
-            for key, inner in value.items():
-                yield from _leaves(inner, f"{path}.{key}" if path else key)
-        case list() if value:
-            for index, inner in enumerate(value):
-                yield from _leaves(inner, f"{path}.{index}")
-        case _:
-            yield path, value
-
-
-def differences(old: Any, new: Any) -> list[str]:
-    """What differs between two JSON values: "order.seed was 1 and is 2" by dotted key, sorted."""
-    was, now = dict(_leaves(old, "")), dict(_leaves(new, ""))
-    return [
-        f"{key} was {_shown(was, key)} and is {_shown(now, key)}"
-        for key in sorted(was.keys() | now.keys())
-        if key not in was or key not in now or was[key] != now[key]
-    ]
-
-
-def _shown(leaves: Mapping[str, Any], key: str) -> str:
-    return json.dumps(leaves[key]) if key in leaves else _ABSENT
+def _named(digest: str | None) -> str:
+    return "no table" if digest is None else f"the table {digest[:12]}"
 
 
 def usable_cores() -> int:
@@ -292,7 +316,8 @@ def open_loader(
     stage: False leaves the views uint8, neither erased nor mixed.
     approximate: names in `engines.APPROXIMATIONS` of differences from `reference` that the engine
     may make where it has nothing better; those that it makes enter the fingerprint.
-    Raises LoaderError for what cannot be delivered, Unsupported for what no engine can run.
+    Raises LoaderError for what cannot be delivered, Unsupported for what no engine can run,
+    ShardError where the data set lacks a component that the recipe asks for.
     """
     target = torch.device(device)
     if target.type == "cuda":
@@ -368,5 +393,6 @@ def open_loader(
         passes=passes,
         stage=stage,
         approximate=approximate,
+        components=open_components(store, augmentation),
     )
     return Loader(stream, stream.open_engine())

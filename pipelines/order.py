@@ -8,7 +8,7 @@ samples need no more memory than ten.
   of a permutation fixed by the seed, not by the epoch, is part "holdout", the rest is "train".
 * Permutation: "full" permutes the whole set. "window" permutes the shards, and samples only inside
   runs of `window_shards` of them, so that remote shards are read one after the other; this mixes
-  less. "none" takes the ids in ascending order (evaluation).
+  less. "none" takes the ids in ascending order (evaluation). An epoch may have a `table` instead.
 * Occurrences: with R of them, the permutation repeats every sample R times on end, as occurrence
   0 .. R - 1 (Hoffer et al. 2020), and a global batch is the next B of that sequence, sorted by
   occurrence. Copies of a sample are thus at least floor(B / R) positions apart: no group of so many
@@ -187,6 +187,13 @@ class Order:
             chosen = batches == batch
             dealt[chosen] = sequence[positions[chosen] - first]
         return dealt
+
+    def holds(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """bool [n]: which of these ids this order goes through."""
+        known = self._ascending
+        if known is None:
+            return (ids >= 0) & (ids < self.samples)
+        return known[np.searchsorted(known, ids).clip(max=len(known) - 1)] == ids
 
     def declaration(self) -> dict[str, Any]:
         """JSON-ready: all that determines the sequence, for the fingerprint.

@@ -221,6 +221,8 @@ class View:
     The ops begin with what fixes the size: RandomResizedCrop, or CenterCrop or RandomCrop, alone or
     after Resize. A Flip stands before RandAugment, whose turns it would reverse.
     mask: what the method hides of the view. erase: what is overwritten after normalisation.
+    components: names of what the data set has beside its pictures (saliency masks, say) and is to
+    be cropped and mirrored as the view is.
     """
 
     name: str
@@ -228,6 +230,7 @@ class View:
     count: int = 1
     mask: Mask | None = None
     erase: RandomErasing | None = None
+    components: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.count > 0, f"view {self.name!r}: count is {self.count}; at least 1")
@@ -252,6 +255,12 @@ class View:
                 f"patch_pixels {self.mask.patch_pixels}",
             )
             require_fit(self.mask, self.size // self.mask.patch_pixels, f"view {self.name!r}")
+        for name in self.components:
+            require(name.isidentifier(), f"view {self.name!r}: component {name!r} is no identifier")
+            require(
+                RandAugment not in kinds,
+                f"view {self.name!r}: component {name!r} cannot follow the turns of RandAugment",
+            )
 
     @property
     def executed(self) -> tuple[Op, ...]:
@@ -307,11 +316,20 @@ class Augmentation:
                 len(self.flat_views) == 1,
                 f"augmentation {self.name!r} has {len(self.flat_views)} views; Mix needs one",
             )
+            require(
+                not self.components,
+                f"augmentation {self.name!r}: Mix cannot mix its components",
+            )
 
     @property
     def flat_views(self) -> tuple[View, ...]:
         """One entry per picture: each view repeated `count` times, the order of `Batch.views`."""
         return tuple(view for view in self.views for _ in range(view.count))
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of all components that any view asks for, sorted."""
+        return tuple(sorted({name for view in self.views for name in view.components}))
 
     def declaration(self) -> dict[str, Any]:
         """JSON-ready and stable: what enters the fingerprint (without the deviations' prose)."""
@@ -322,6 +340,8 @@ class Augmentation:
                 _name(op, fields)
             if view.mask is not None:
                 _name(view.mask, shown["mask"])
+            if not view.components:  # so that a declaration from before there were any is the same
+                del shown["components"]
         for draw, shown in zip(self.draws, data["draws"], strict=True):
             _name(draw.distribution, shown["distribution"])
         return data

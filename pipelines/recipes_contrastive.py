@@ -194,7 +194,7 @@ def swav(
             *((GaussianBlur(0.5, (0.1, 2.0)),) if blur else ()),
         )
 
-    views = [View("global", ops(global_pixels, global_scale), 2)]
+    views = [View("global_view", ops(global_pixels, global_scale), 2)]
     if local_count != 0:
         views.append(View("local", ops(local_pixels, local_scale), local_count))
     return Augmentation(

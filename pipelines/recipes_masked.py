@@ -9,7 +9,7 @@ from pipelines.recipe import (
     RandomResizedCrop,
     View,
 )
-from pipelines.recipes_contrastive import PILLOW_BLUR, dino_views
+from pipelines.recipes_contrastive import NO_BLUR, PILLOW_BLUR, dino_views
 
 
 def mae(pixels: int = 224, *, patch_pixels: int = 16, ratio: float = 0.75) -> Augmentation:
@@ -43,6 +43,7 @@ def ibot(
     global_scale: tuple[float, float] = (0.25, 1.0),
     local_scale: tuple[float, float] = (0.05, 0.25),
     patch_pixels: int = 16,
+    blur: bool = True,
 ) -> Augmentation:
     """iBOT's multi-crop: DINO's, with block-wise masks on half of the global views.
 
@@ -52,9 +53,15 @@ def ibot(
     side = global_pixels // patch_pixels
     mask = BlockMask(patch_pixels, (0.1, 0.5), min_patches=max(1, side // 3) ** 2, probability=0.5)
     views = dino_views(
-        global_pixels, local_pixels, local_count, global_scale, local_scale, mask=mask
+        global_pixels,
+        local_pixels,
+        local_count,
+        global_scale,
+        local_scale,
+        blur=(1.0, 0.1, 0.5) if blur else (0.0, 0.0, 0.0),
+        mask=mask,
     )
-    return Augmentation("ibot", views, deviations=(PILLOW_BLUR,))
+    return Augmentation("ibot", views, deviations=(PILLOW_BLUR if blur else NO_BLUR,))
 
 
 def dinov2(
@@ -65,6 +72,7 @@ def dinov2(
     global_scale: tuple[float, float] = (0.32, 1.0),
     local_scale: tuple[float, float] = (0.05, 0.32),
     patch_pixels: int = 16,
+    blur: bool = True,
 ) -> Augmentation:
     """DINOv2's multi-crop: DINO's with other scales, less blur and iBOT's masks.
 
@@ -80,7 +88,7 @@ def dinov2(
         local_count,
         global_scale,
         local_scale,
-        blur=(0.0, 0.9, 0.5),
+        blur=(0.0, 0.9, 0.5) if blur else (0.0, 0.0, 0.0),
         kernel_size=9,
         mask=mask,
     )
@@ -88,7 +96,9 @@ def dinov2(
         "dinov2",
         views,
         deviations=(
-            "blur has the probabilities that the code applies, not those that it writes",
+            "blur has the probabilities that the code applies, not those that it writes"
+            if blur
+            else NO_BLUR,
             "each view is masked with probability 0.5 and has a ratio of its own; the code masks "
             "exactly half of a batch's views and spreads their ratios evenly",
         ),

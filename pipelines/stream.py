@@ -7,21 +7,24 @@ failure surfaces where it belongs, after the batches before it. `loader` is what
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipelines import engines
 from pipelines.batch import Batch
+from pipelines.components import with_components
 from pipelines.draw import draw
 from pipelines.engines.device_stage import device_stage
 from pipelines.order import Order, rank_slice
 from pipelines.recipe import Augmentation
+from pipelines.table import Table
 from shards.store import Store
 
 
@@ -53,6 +56,14 @@ class Stream:
     passes: int | None
     stage: bool
     approximate: tuple[engines.Approximation, ...] = ()
+    table: Table | None = None
+    components: Mapping[str, Store] = field(default_factory=dict)
+
+    @property
+    def component_fingerprints(self) -> dict[str, dict[str, str]]:
+        """For the loader's fingerprint, which stays what it was where there are none."""
+        prints = {name: store.fingerprint for name, store in self.components.items()}
+        return {"components": prints} if prints else {}
 
     @property
     def engine_finishes(self) -> bool:
@@ -62,13 +73,16 @@ class Stream:
         )
 
     def open_engine(self) -> engines.Engine:
-        return engines.open_engine(
+        pictures = engines.open_engine(
             self.engine_name,
             self.augmentation,
             device=self.device,
             threads=self.threads,
             finished=self.dtype if self.engine_finishes else None,
             approximate=self.approximate,
+        )
+        return with_components(
+            pictures, self.components, self.augmentation, device=self.device, threads=self.threads
         )
 
     def step_length(self, step: int) -> int:
@@ -107,8 +121,16 @@ class Stream:
             if part == self.accumulate:
                 step, part = step + 1, 0
 
+    def global_batch(self, place: Place) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """(ids, occurrences) of a step: out of its epoch's table, if there is one."""
+        if self.table is None or self.table.epoch != place.epoch:
+            return self.order.global_batch(place.epoch, place.step)
+        first = place.step * self.order.batch_size
+        rows = slice(first, first + self.step_length(place.step))
+        return self.table.ids[rows], self.table.occurrences[rows]
+
     def work(self, place: Place) -> engines.Work:
-        ids, occurrences = self.order.global_batch(place.epoch, place.step)
+        ids, occurrences = self.global_batch(place)
         share = self.share(place.step, place.part)
         ids, occurrences = ids[share], occurrences[share]
         plan = draw(

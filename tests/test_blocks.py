@@ -12,9 +12,10 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.blocks.dino_head import DinoHead
 from training.blocks.drop_path import KeyedDropPath, key_drop_paths, set_keys
 from training.blocks.gather import gather_with_gradient, mean_over_ranks, rank, world_size
-from training.blocks.heads import DinoHead, ProjectionHead, feature_dim
+from training.blocks.heads import Mlp, feature_dim
 from training.blocks.norm import GlobalBatchNorm, convert
 from training.blocks.positions import sine_cosine
 from training.blocks.teacher import follow, start_equal
@@ -225,7 +226,7 @@ def test_dino_head_gives_cosines_in_float32() -> None:
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_projection_head_ends_in_a_norm_without_shift(layers: int) -> None:
-    head = ProjectionHead(6, 8, 4, layers)
+    head = Mlp(6, 8, 4, layers, last_norm="no_shift")
     output = head(torch.randn(16, 6))
     torch.testing.assert_close(output.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(output.var(0, correction=0), torch.ones(4), atol=1e-3, rtol=0)

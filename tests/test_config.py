@@ -173,7 +173,7 @@ def test_a_length_in_epochs_is_rounded_to_steps() -> None:
     ("line", "part"),
     [
         ("", "--method is missing: choose among"),
-        ("--method dimo", "did you mean dino?"),
+        ("--method dinno", "did you mean dino?"),
         ("--method no.such.module", "there is no module 'no'"),
         ("--method json.decoder", "has no Objective and no PRESETS and no build"),
         ("--method dino --preset imagnet", "did you mean imagenet?"),

@@ -9,12 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from timm.optim.lamb import Lamb
 from torch import nn
 
 from training import schedules
 from training.config import Optim
+from training.large_batch import LAMB, LARC, LARS
 from training.method import Method
-from training.optim import LARS, Schedule, build_optimizer, clip_gradients, gradient_norm
+from training.optim import Schedule, build_optimizer, clip_gradients, gradient_norm
 
 progresses = st.floats(0, 1)
 rates = st.floats(0, 10)
@@ -139,7 +141,132 @@ def test_lars_takes_a_zero_parameter_and_a_zero_gradient_as_they_are() -> None:
     assert torch.equal(zero.detach(), -torch.ones(2, 2))
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_larc_is_apex_around_torch_sgd() -> None:
+    """apex parallel/LARC.py, `step`, with clip=False: entry by entry in float64 numpy."""
+    generator = np.random.default_rng(0)
+    shapes = [(5, 3), (4, 3, 2, 2), (7,), (1,)]
+    values = [generator.standard_normal(shape) for shape in shapes]
+    trust, decay, rate, momentum, eps = 0.001, 0.1, 0.3, 0.9, 1e-8
+    parameters = [nn.Parameter(torch.tensor(value)) for value in values]
+    optimizer = LARC(parameters, lr=rate, momentum=momentum, weight_decay=decay)
+    buffers: dict[int, NDArray[np.float64]] = {}  # torch's SGD: the first is the gradient
+    for step in range(5):
+        for i, parameter in enumerate(parameters):
+            gradient = 1e-6 * generator.standard_normal(shapes[i])
+            if step == 3:
+                gradient = np.zeros(shapes[i])
+            parameter.grad = torch.tensor(gradient)
+            param_norm, grad_norm = (np.sqrt(np.sum(x**2)) for x in (values[i], gradient))
+            if param_norm != 0 and grad_norm != 0:
+                adaptive = trust * param_norm / (grad_norm + param_norm * decay + eps)
+                gradient = (gradient + decay * values[i]) * adaptive
+            buffers[i] = momentum * buffers[i] + gradient if i in buffers else gradient
+            values[i] = values[i] - rate * buffers[i]
+        optimizer.step()
+    for parameter, value in zip(parameters, values, strict=True):
+        np.testing.assert_allclose(parameter.detach().numpy(), value, rtol=1e-12, atol=1e-14)
+
+
+def test_larc_takes_a_zero_parameter_as_it_is() -> None:
+    zero = nn.Parameter(torch.zeros(3))
+    optimizer = LARC([zero], lr=1.0, momentum=0.0, weight_decay=0.5)
+    zero.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(zero.detach(), -torch.ones(3))
+
+
+def lamb_steps(
+    make_optimizer: Any, gradients: list[list[torch.Tensor]], clip: float | None = None
+) -> list[torch.Tensor]:
+    """Parameters after these gradients; two groups, of which the second does not decay."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = [tuple(gradient.shape) for gradient in gradients[0]]
+    parameters = [
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+        for shape in shapes
+    ]
+    parameters[1].detach().zero_()
+    groups = [
+        {"params": parameters[:2], "weight_decay": 0.1},
+        {"params": parameters[2:], "weight_decay": 0.0},
+    ]
+    optimizer = make_optimizer(groups)
+    for step, step_gradients in enumerate(gradients):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 / (step + 1)
+        for parameter, gradient in zip(parameters, step_gradients, strict=True):
+            parameter.grad = gradient.clone()
+        if clip is not None:
+            clip_gradients(parameters, gradient_norm(parameters), clip)
+        optimizer.step()
+    return [parameter.detach() for parameter in parameters]
+
+
+@pytest.mark.parametrize("clip", [None, 5.0])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.95)])
+def test_lamb_is_that_of_timm(betas: tuple[float, float], clip: float | None) -> None:
+    """Its clipping, which SparK sets to 5, is our --optim.clip-norm."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [
+        [
+            3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+            for shape in [(5, 3), (3, 3), (7,), (2, 2)]
+        ]
+        for _ in range(6)
+    ]
+    ours = lamb_steps(lambda groups: LAMB(groups, lr=1.0, betas=betas), gradients, clip)
+    reference = lamb_steps(
+        lambda groups: Lamb(groups, lr=1.0, betas=betas, eps=1e-6, max_grad_norm=clip), gradients
+    )
+    # torch's clipping adds 1e-6 to the norm.
+    tolerance = 1e-9 if clip is None else 1e-6
+    for parameter, expected in zip(ours, reference, strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_lamb_does_not_rescale_what_does_not_decay() -> None:
+    """A first step of Adam has length 1 per entry, whatever the parameter's length."""
+    long, short = (nn.Parameter(torch.full((2, 2), size)) for size in (100.0, 100.0))
+    optimizer = LAMB([{"params": [long], "weight_decay": 1e-9}, {"params": [short]}], lr=1e-3)
+    for parameter in (long, short):
+        parameter.grad = torch.ones(2, 2)
+    optimizer.step()
+    torch.testing.assert_close(100 - long.detach(), torch.full((2, 2), 0.1), rtol=1e-3, atol=0)
+    torch.testing.assert_close(100 - short.detach(), torch.full((2, 2), 1e-3), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("name", ["lars", "larc", "lamb"])
+def test_large_batch_optimisers_continue_from_their_state(name: str) -> None:
+    def run(interrupted_after: int | None) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        parameter = nn.Parameter(torch.randn(3, 4, generator=generator))
+        optimizer = make(name, [{"params": [parameter]}], learning_rate=0.1, weight_decay=0.1)
+        for step in range(5):
+            if step == interrupted_after:
+                saved = optimizer.state_dict()
+                optimizer = make(name, [{"params": [parameter]}])
+                optimizer.load_state_dict(saved)
+            parameter.grad = torch.randn(3, 4, generator=generator)
+            optimizer.step()
+        return parameter.detach()
+
+    assert torch.equal(run(None), run(2))
+
+
+@pytest.mark.parametrize("name", ["lars", "larc", "lamb"])
+def test_a_parameter_without_gradient_stays(name: str) -> None:
+    """Frozen prototypes: no decay and no momentum moves them."""
+    parameter = nn.Parameter(torch.ones(3, 4))
+    optimizer = make(name, [{"params": [parameter]}], learning_rate=0.1, weight_decay=0.1)
+    parameter.grad = torch.ones(3, 4)
+    optimizer.step()
+    before = parameter.detach().clone()
+    parameter.grad = None
+    optimizer.step()
+    assert torch.equal(parameter.detach(), before)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars", "lamb"])
 def test_biases_and_norms_do_not_decay(name: str) -> None:
     class Small(Method):
         def __init__(self) -> None:
@@ -177,7 +304,7 @@ def test_groups_scale_and_fix_their_learning_rate() -> None:
     assert said["learning_rate"] == 0.5
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars", "larc", "lamb"])
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_a_blocked_step_changes_neither_parameters_nor_state(name: str, steps_before: int) -> None:
     generator = torch.Generator().manual_seed(0)

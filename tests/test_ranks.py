@@ -212,7 +212,7 @@ def test_two_ranks_are_one(name: str, encoder: str, on_two_ranks: Call) -> None:
     two = on_two_ranks(train, method, recipe, batches, 0, 1e-3)
     assert two[0]["digest"] == two[1]["digest"]
     moved = relative_error(method.state_dict(), one["state"])
-    assert moved > 1e-4, "ten steps that change nothing would agree with anything"
+    assert moved > 1e-5, "ten steps that change nothing would agree with anything"
     for seen in two:
         assert_agrees(seen, one)
     half = on_two_ranks(train, method, recipe, batches[:6], 0, 1e-3)

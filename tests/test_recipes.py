@@ -190,7 +190,7 @@ TABLES: dict[str, tuple[Table, tuple[object, object]]] = {
     ),
     "swav": (
         {
-            "global": (2, swav_column(224, (0.14, 1.0))),
+            "global_view": (2, swav_column(224, (0.14, 1.0))),
             "local": (6, swav_column(96, (0.05, 0.14))),
         },
         SWAV,
@@ -376,7 +376,7 @@ def test_dino_scales_down_to_cifar() -> None:
     assert not any(isinstance(op, GaussianBlur) for view in augmentation.views for op in view.ops)
     assert augmentation.deviations == ("no blur",)
     assert [view.name for view in recipes.dino(local_count=0).views] == ["global_1", "global_2"]
-    assert [view.name for view in recipes.swav(local_count=0).views] == ["global"]
+    assert [view.name for view in recipes.swav(local_count=0).views] == ["global_view"]
 
 
 def test_simclr_for_cifar() -> None:

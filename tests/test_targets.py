@@ -11,9 +11,8 @@ from torch import Tensor
 
 from pipelines.batch import Batch, Mixed
 from tests.tiny_methods import CLASSES, batch_of, build, progress_at
-from training.blocks.targets import has_label, soft_targets
+from training.blocks.targets import agreement, cross_entropy, has_label, soft_targets
 from training.methods import supervised
-from training.methods.supervised import agreement, cross_entropy
 
 mixup_target: Any = mixup.mixup_target
 

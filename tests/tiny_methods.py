@@ -4,26 +4,33 @@ The data set is 64 smooth pictures; a view is a noisy copy of its sample's. What
 (masks, erasing, mixing, draws) comes from a Plan of the method's own recipe.
 """
 
+import atexit
 import importlib
+import json
 import pkgutil
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import training.methods
+from pipelines import recipes
 from pipelines.batch import Batch
 from pipelines.draw import draw
 from pipelines.engines import Work
 from pipelines.engines.device_stage import device_stage
 from pipelines.recipe import Augmentation
-from training.backbones import EncoderFactory, resolve_options
+from training.backbones import EncoderFactory, export, resolve_options
 from training.config import ConfigError, Recipe
 from training.gradients import Pass, average, backward, gradient_of
 from training.method import Facts, Method, Progress
@@ -58,10 +65,47 @@ SMALL: dict[str, object] = {
 }
 # What a single method needs beside that.
 SMALL_OF: dict[str, dict[str, object]] = {
+    # A bank of 64 rows, of which the same few move at every step, asks for soft comparisons.
+    "cmc": {"temperature": 0.3},
+    # Whitened in as many dimensions as there are pictures, all are equally far from each other.
+    "deepcluster": {"pca_dim": 8},
+    "cpc": {"patch_pixels": 16, "stride_pixels": 8, "steps": 2},
+    # Scores are sums over the width, and steep ones magnify rounding.
+    "dim": {"hidden_dim": 8},
+    "npid": {"temperature": 0.3},
+    # At 2 the margin has no kink within reach.
+    "pair": {"margin": 2.0},
     "moco": {"batch_norm_group": 8},
-    "pcl": {"batch_norm_group": 4, "clusters": (6, 10), "warmup_epochs": 0},
+    "pcl": {"batch_norm_group": 8, "clusters": (6, 10), "warmup_epochs": 0},
     "swav": {"queue_start_epochs": 0, "freeze_prototypes_steps": 1},
+    # A tenth of each, or ten steps of one rate lead so far that they magnify rounding.
+    "vicreg": {"invariance_weight": 2.5, "variance_weight": 2.5, "covariance_weight": 0.1},
 }
+
+
+@cache
+def tiny_teacher() -> Path:
+    """The directory of a run that trained a classifier, as far as a student looks into it."""
+    run = Path(tempfile.mkdtemp(prefix="headrace-teacher-"))
+    atexit.register(shutil.rmtree, run, ignore_errors=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        network = timm.create_model("test_resnet", num_classes=0).eval()
+    view, ids = recipes.center(32, 32), torch.arange(SAMPLES)
+    with torch.no_grad():
+        features = network(finished(view, ids).views[0])
+    # Ridge regression onto the labels: it knows its pictures.
+    mean, known = features.mean(0), F.one_hot(ids % CLASSES, CLASSES).float()
+    centred = features - mean
+    kernel = centred @ centred.T
+    weight = known.T @ torch.linalg.inv(kernel + 1e-3 * kernel.trace() * torch.eye(SAMPLES) / 64)
+    weight = 10 * weight @ centred
+    state = {**network.state_dict(), "fc.weight": weight, "fc.bias": -weight @ mean}
+    export(state, run / "classifier.safetensors")
+    test = view.declaration()
+    config = {"backbone": "test_resnet", "backbone_options": {}, "test": test}
+    (run / "config.json").write_text(json.dumps({"config": config}))
+    return run
 
 
 def module_of(name: str) -> ModuleType:
@@ -76,6 +120,8 @@ def small_recipe(name: str, **changes: object) -> Recipe:
     assert not unknown, f"{name} has no hyper-parameter {unknown}"
     wanted = {**SMALL, **SMALL_OF.get(name, {}), **changes}
     small = {key: value for key, value in wanted.items() if key in known}
+    if "teacher" in known:
+        small["teacher"] = str(tiny_teacher())
     # Ranks and micro-batches of these tests hold whole groups of 4.
     augmentation = replace(recipe.augmentation, group=min(recipe.augmentation.group, 4))
     return replace(recipe, objective=replace(recipe.objective, **small), augmentation=augmentation)
@@ -88,9 +134,10 @@ def build(name: str, encoder: str, *, seed: int = 0, **changes: object) -> Metho
     """
     recipe = small_recipe(name, **changes)
     pixels = tuple(view.size for view in recipe.augmentation.flat_views)
-    options: dict[str, Any] = resolve_options(
-        encoder, ENCODERS[encoder], pixels, recipe.test.flat_views[0].size
-    )
+    own = dict(ENCODERS[encoder])
+    if encoder == "test_resnet" and "norm_layer" in recipe.backbone_options:
+        own["norm_layer"] = recipe.backbone_options["norm_layer"]
+    options: dict[str, Any] = resolve_options(encoder, own, pixels, recipe.test.flat_views[0].size)
     facts = Facts(
         num_classes=CLASSES,
         train_samples=SAMPLES,
@@ -98,6 +145,9 @@ def build(name: str, encoder: str, *, seed: int = 0, **changes: object) -> Metho
         batch_size=BATCH,
         steps_per_epoch=EPOCH_STEPS,
         total_steps=20,
+        init=tiny_teacher() if hasattr(module_of(name), "INIT_IS_TEACHER") else None,
+        mean=recipe.augmentation.mean,
+        std=recipe.augmentation.std,
         masks=tuple(view.mask for view in recipe.augmentation.flat_views),
     )
     with torch.random.fork_rng(devices=[]):

@@ -140,16 +140,30 @@ def read_initial(run: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{path} is no safetensors file: {error}") from error
 
 
-def export(encoder: nn.Module, path: Path) -> None:
-    """Write the weights, atomically, so that timm reads them:
+def export(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write a timm model's state dict, atomically, so that timm reads it:
 
         timm.create_model(NAME, num_classes=0, checkpoint_path="RUN/encoder.safetensors",
                           **backbone_options)
 
     with the `backbone_options` that RUN/config.json records.
     """
-    weights = {
-        key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()
-    }
+    kept = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     with atomic_file(path) as file:
-        file.write(safetensors.torch.save(weights, metadata={"format": "pt"}))
+        file.write(safetensors.torch.save(kept, metadata={"format": "pt"}))
+
+
+def with_classifier(encoder: nn.Module, *classifiers: nn.Linear) -> dict[str, Tensor]:
+    """The state dict of the same timm model with `classifiers` as its last layers.
+
+    {} where the encoder does not say what it calls them.
+    """
+    config = getattr(encoder, "pretrained_cfg", None) or {}
+    names = config.get("classifier") or ()
+    names = (names,) if isinstance(names, str) else tuple(names)
+    if len(names) != len(classifiers):
+        return {}
+    state = dict(encoder.state_dict())
+    for name, classifier in zip(names, classifiers, strict=True):
+        state |= {f"{name}.{key}": value for key, value in classifier.state_dict().items()}
+    return state

@@ -4,6 +4,7 @@ config.json            resolved configuration, versions, fingerprint of the stre
 metrics.jsonl          a line per logged step
 checkpoint.pt          everything needed to continue, replaced as a whole
 encoder.safetensors    the encoder as timm reads it, of the same step
+classifier.safetensors the same with its last layer, of methods that train one
 tensorboard/           the metrics again
 lock                   held by the process that writes here; contains its id
 failed-step-N.pt       the state before step N, whose loss was not finite
@@ -23,11 +24,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from pipelines.loader import differences
 from shards.atomic import PARTIAL_SUFFIX, atomic_file
-from training.backbones import ENCODER_FILE, export
+from training.backbones import export
 from training.world import World, from_main
 
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -147,11 +147,16 @@ def begin(
     cut_back_metrics(directory, start)
 
 
-def save_step(directory: Path, state: Mapping[str, Any], encoder: nn.Module, world: World) -> None:
-    """The encoder and everything needed to continue. `state` is taken on every rank, rank 0
-    writes."""
+def save_step(
+    directory: Path,
+    state: Mapping[str, Any],
+    exports: Mapping[str, Mapping[str, torch.Tensor]],
+    world: World,
+) -> None:
+    """Everything needed to continue, and `Method.exports`. Taken on every rank, rank 0 writes."""
     if world.is_main:
-        export(encoder, directory / ENCODER_FILE)
+        for name, weights in exports.items():
+            export(weights, directory / f"{name}.safetensors")
         save(directory / CHECKPOINT_FILE, state)
 
 

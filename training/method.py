@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.batch import Batch
-from pipelines.recipe import Mask
+from pipelines.recipe import IMAGENET_MEAN, IMAGENET_STD, Mask
 
 
 class MakeEncoder(Protocol):
@@ -52,6 +52,8 @@ class Facts:
     steps_per_epoch: int
     total_steps: int
     init: Path | None = None
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
     masks: tuple[Mask | None, ...] = ()
 
 
@@ -136,7 +138,8 @@ class Method(nn.Module):
         return self.objective(embeddings, batch, progress), embeddings
 
     def param_groups(self) -> list[dict[str, object]]:
-        """Optimiser groups: "params", "decay" (bool: weight decay applies), and optional scales.
+        """Optimiser groups: "params", "decay" (bool: weight decay applies), and what else
+        `optim.build_optimizer` knows.
 
         Default: everything that is trained; biases and one-dimensional parameters without decay.
         """
@@ -156,8 +159,8 @@ class Method(nn.Module):
         """Ids of this epoch's positions, int64, where the method asks for an order of its own.
 
         Asked for after before_epoch and again by a resume within the epoch: a function of the
-        method's state and of (seed, epoch) alone, equal on every rank. Its length is at most the
-        epoch's; positions beyond whole batches are dropped.
+        method's state and of (seed, epoch) alone, equal on every rank. As long as the epoch at
+        least; what is beyond is dropped.
         """
         return None
 
@@ -176,6 +179,10 @@ class Method(nn.Module):
 
         With several phases the embeddings are those of the last one.
         """
+
+    def exports(self) -> dict[str, dict[str, Tensor]]:
+        """State dicts by name, which a run writes as NAME.safetensors with each checkpoint."""
+        return {"encoder": self.encoder.state_dict()}
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
         """Per-sample results on a held-out batch, e.g. {"top1": bool [B]}; {} where none apply."""

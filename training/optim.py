@@ -1,15 +1,16 @@
 """Optimisers, and what their schedules say at a given progress.
 
 Parameter groups come from the method (`Method.param_groups`): "params", "decay" (bool) and
-optionally "learning_rate_scale" (float) and "fixed_learning_rate" (bool: the peak, without warm-up
-and schedule, as SimSiam's predictor has it).
+optionally "learning_rate_scale" (float), "fixed_learning_rate" (bool: the peak, without warm-up
+and schedule, as SimSiam's predictor has it) and "momentum" (float, in place of the run's: 0 for
+what DeepCluster begins anew each epoch; of no meaning to AdamW and LAMB).
 
 Every optimiser here skips its update, state included, while its `found_inf` tensor is 1. torch's
 fused kernels do so for a GradScaler; the training loop uses it to block the step in which the loss
 stops being finite, without asking the device for anything.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from training import schedules
 from training.config import Optim
+from training.large_batch import LAMB, LARC, LARS
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def build_optimizer(
             "decay": bool(group.get("decay", True)),
             "learning_rate_scale": float(group.get("learning_rate_scale", 1.0)),
             "fixed_learning_rate": bool(group.get("fixed_learning_rate", False)),
+            **({"momentum": float(group["momentum"])} if "momentum" in group else {}),
         }
         for group in groups
     ]
@@ -116,6 +119,15 @@ def build_optimizer(
                 momentum=optim.momentum,
                 trust_coefficient=optim.trust_coefficient,
             )
+        case "larc":
+            return LARC(
+                kept,
+                lr=schedule.peak,
+                momentum=optim.momentum,
+                trust_coefficient=optim.trust_coefficient,
+            )
+        case "lamb":
+            return LAMB(kept, lr=schedule.peak, betas=optim.betas, eps=optim.epsilon)
         case _:
             assert_never(optim.name)
 
@@ -138,68 +150,3 @@ def trained_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _parameters(groups: Iterable[Mapping[str, Any]]) -> list[Tensor]:
     return [parameter for group in groups for parameter in group["params"]]
-
-
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose gradient is rescaled per tensor (You et al. 2017).
-
-        u = gradient + weight_decay * p
-        u = u * trust_coefficient * |p| / |u|       (1 where either norm is 0)
-        m = momentum * m + u
-        p = p - learning_rate * m
-
-    Biases, norms and whatever else has one dimension, and groups with decay=False, take neither
-    the decay nor the rescaling: the semantics of moco-v3's `moco/optimizer.py` and mae's
-    `util/lars.py`. SimCLR's `lars_optimizer.py` keeps the learning rate inside the momentum
-    (m = momentum * m + learning_rate * u; p = p - m), which differs only while the rate changes.
-
-    found_inf: float32 scalar, 1 blocks the step; as on torch's fused optimisers.
-    """
-
-    found_inf: Tensor | None = None
-
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        trust_coefficient: float = 1e-3,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "trust_coefficient": trust_coefficient,
-            "decay": True,
-        }
-        super().__init__(params, defaults)
-        for parameter in _parameters(self.param_groups):
-            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if closure is not None:
-            raise ValueError("LARS takes no closure")
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_one(parameter, parameter.grad, group)
-
-    def _step_one(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
-        buffer = self.state[parameter]["momentum_buffer"]
-        update = gradient
-        if group["decay"] and parameter.ndim > 1:
-            update = gradient + group["weight_decay"] * parameter
-            own, other = torch.linalg.vector_norm(parameter), torch.linalg.vector_norm(update)
-            ratio = group["trust_coefficient"] * own / other
-            update = update * torch.where((own > 0) & (other > 0), ratio, 1.0)
-        update = group["momentum"] * buffer + update
-        moved = parameter - group["lr"] * update
-        if self.found_inf is None:
-            buffer.copy_(update)
-            parameter.copy_(moved)
-        else:
-            blocked = self.found_inf > 0
-            torch.where(blocked, buffer, update, out=buffer)
-            torch.where(blocked, parameter, moved, out=parameter)

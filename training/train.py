@@ -73,7 +73,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
         config.objective,
         config.backbone,
         options,
-        Facts(*sizes, init=config.init, masks=masks),
+        Facts(*sizes, config.init, config.augmentation.mean, config.augmentation.std, masks),
         run.seed,
         resumed=before is not None,
         compiled=run.compile,
@@ -171,7 +171,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
             if saving or verdict.stop:
                 with meters.paused():
                     journal.flush()
-                    checkpoint.save_step(out, state(done), method.encoder, world)
+                    checkpoint.save_step(out, state(done), method.exports(), world)
             if verdict.stop and done < steps:
                 journal.say(f"{guard.signal_name}: saved; the same command goes on at step {done}")
                 return guard.exit_code

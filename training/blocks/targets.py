@@ -1,7 +1,8 @@
-"""What a classifier is to predict where samples were mixed."""
+"""What a classifier is to predict, also of mixed samples and without a label, and its loss."""
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipelines.batch import Mixed
 
@@ -31,6 +32,48 @@ def soft_targets(
         shares += (1 - weights) * _one_hot(mixed.labels, num_classes)
     smoothed = (1 - smoothing) * shares + smoothing / num_classes
     return smoothed * has_label(labels, mixed)[:, None]
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    mixed: Mixed | None = None,
+    *,
+    smoothing: float = 0.0,
+    labelled: Tensor | None = None,
+) -> Tensor:
+    """Sum of -log softmax(logits)[label] over the samples that have a label, over `labelled`.
+
+    logits: [B, C]; labels: int64 [B]; `labelled` (scalar) is the number of such samples, by default
+    those here. Across ranks it is their mean number per rank, so that the mean over ranks is the
+    global mean. 0 where there is no label at all. With smoothing s the target is
+    (1 - s) * onehot + s / C; that of mixed samples is `soft_targets`'.
+    """
+    logits = logits.float()
+    if mixed is None:
+        total = F.cross_entropy(
+            logits, labels, ignore_index=-1, reduction="sum", label_smoothing=smoothing
+        )
+    else:
+        targets = soft_targets(labels, mixed, logits.shape[1], smoothing)
+        total = F.cross_entropy(logits, targets, reduction="sum")
+    if labelled is None:
+        labelled = has_label(labels, mixed).sum()
+    # Fewer than one on average per rank is possible, none at all has a sum of 0.
+    return total / torch.where(labelled > 0, labelled, 1)
+
+
+def agreement(logits: Tensor, labels: Tensor, mixed: Mixed | None = None) -> Tensor:
+    """Sum over the samples that have a label of the share that the predicted class has in them.
+
+    The number of hits; of a mixed sample the weight of the label that was predicted (Zhang et al.
+    2017; mixup-cifar10 `train.py`). Smoothing takes no part.
+    """
+    predicted = logits.argmax(dim=1)
+    shares = (predicted == labels).float()
+    if mixed is not None:
+        shares = torch.lerp((predicted == mixed.labels).float(), shares, mixed.weights)
+    return (shares * has_label(labels, mixed)).sum()
 
 
 def _one_hot(labels: Tensor, num_classes: int) -> Tensor:

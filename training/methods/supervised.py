@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipelines import recipes
-from pipelines.batch import Batch, Mixed
+from pipelines.batch import Batch
+from training.backbones import with_classifier
 from training.blocks.drop_path import key_drop_paths, set_keys
 from training.blocks.gather import mean_over_ranks
 from training.blocks.heads import feature_dim
-from training.blocks.targets import has_label, soft_targets
+from training.blocks.targets import agreement, cross_entropy, has_label
 from training.config import ConfigError, Optim, Recipe
 from training.method import Facts, MakeEncoder, Method, Progress
 
@@ -33,48 +33,6 @@ class Objective:
     """Largest rate of stochastic depth, reached in the last block."""
     decay_everything: bool = False
     """Weight decay on biases and norms too, as ResNets were first trained."""
-
-
-def cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    mixed: Mixed | None = None,
-    *,
-    smoothing: float = 0.0,
-    labelled: Tensor | None = None,
-) -> Tensor:
-    """Sum of -log softmax(logits)[label] over the samples that have a label, over `labelled`.
-
-    logits: [B, C]; labels: int64 [B]; `labelled` (scalar) is the number of such samples, by default
-    those here. Across ranks it is their mean number per rank, so that the mean over ranks is the
-    global mean. 0 where there is no label at all. With smoothing s the target is
-    (1 - s) * onehot + s / C; that of mixed samples is `targets.soft_targets`'.
-    """
-    logits = logits.float()
-    if mixed is None:
-        total = F.cross_entropy(
-            logits, labels, ignore_index=-1, reduction="sum", label_smoothing=smoothing
-        )
-    else:
-        targets = soft_targets(labels, mixed, logits.shape[1], smoothing)
-        total = F.cross_entropy(logits, targets, reduction="sum")
-    if labelled is None:
-        labelled = has_label(labels, mixed).sum()
-    # Fewer than one on average per rank is possible, none at all has a sum of 0.
-    return total / torch.where(labelled > 0, labelled, 1)
-
-
-def agreement(logits: Tensor, labels: Tensor, mixed: Mixed | None = None) -> Tensor:
-    """Sum over the samples that have a label of the share that the predicted class has in them.
-
-    The number of hits; of a mixed sample the weight of the label that was predicted (Zhang et al.
-    2017; mixup-cifar10 `train.py`). Smoothing takes no part.
-    """
-    predicted = logits.argmax(dim=1)
-    shares = (predicted == labels).float()
-    if mixed is not None:
-        shares = torch.lerp((predicted == mixed.labels).float(), shares, mixed.weights)
-    return (shares * has_label(labels, mixed)).sum()
 
 
 class Supervised(Method):
@@ -112,6 +70,10 @@ class Supervised(Method):
         if self.options.decay_everything:
             return [{"params": list(self.parameters()), "decay": True}]
         return super().param_groups()
+
+    def exports(self) -> dict[str, dict[str, Tensor]]:
+        classifier = with_classifier(self.encoder, self.classifier)
+        return super().exports() | ({"classifier": classifier} if classifier else {})
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:

@@ -1,0 +1,241 @@
+"""DeiT: a classifier that learns from the labels and from what a trained teacher says of a picture.
+
+Touvron et al. 2020, "Training data-efficient image transformers & distillation through attention"
+(arXiv 2012.12877); code: facebookresearch/deit `losses.py`, `main.py`. A second token attends to
+the picture beside the class token and answers to the teacher alone; at test time the two answers
+are averaged. It costs the teacher's forward pass and gives a ViT what a ConvNet takes for granted.
+
+The teacher is a run of `--method supervised`, or a timm model with or without a file of weights. It
+sees the same picture as the student, mixed and erased, in its own mean, std and size. A backbone
+without distillation token (a ResNet, a plain ViT) answers both with one classifier, as in the code.
+
+As in the code: the soft loss is divided by the batch and by the number of classes (issues 61, 116,
+134 there), C times smaller than the paper's equation 2; `soft_scale="batch"` gives that one.
+Deviations: no average of weights is kept (the code stores one and reports the model itself); the
+class and distillation tokens and positions see no weight decay, as the code's
+`no_weight_decay` has it; drop path is keyed by sample.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, assert_never
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipelines import recipes
+from pipelines.batch import Batch
+from training.backbones import with_classifier
+from training.blocks.classifier_teacher import LazyTeacher
+from training.blocks.drop_path import key_drop_paths, set_keys
+from training.blocks.gather import mean_over_ranks
+from training.blocks.heads import feature_dim
+from training.blocks.targets import agreement, cross_entropy, has_label
+from training.config import ConfigError, Optim, Recipe
+from training.method import Facts, MakeEncoder, Method, Progress
+
+
+@dataclass(frozen=True)
+class Objective:
+    """DeiT's hyper-parameters."""
+
+    teacher: str = ""
+    """A run of --method supervised, or a timm model."""
+    teacher_weights: Path | None = None
+    """Of a timm teacher: a file of weights; None: timm's own, which timm downloads."""
+    distillation: Literal["hard", "soft"] = "hard"
+    distillation_weight: float = 0.5
+    """Share of the teacher's part in the loss."""
+    temperature: float = 1.0
+    """Of the soft loss; the paper's is 3."""
+    soft_scale: Literal["code", "batch"] = "code"
+    """code: the divergence per sample and class; batch: per sample."""
+    label_smoothing: float = 0.1
+    drop_path: float = 0.1
+
+
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    kind: Literal["hard", "soft"],
+    temperature: float = 1.0,
+    soft_scale: Literal["code", "batch"] = "code",
+) -> Tensor:
+    """What the student owes the teacher, a mean over samples, in nats.
+
+    student, teacher: logits [B, C]; the teacher's are constants. hard (eq. 3):
+    -log softmax(student)[argmax teacher]. soft (eq. 2): T^2 * KL(softmax(teacher / T) ||
+    softmax(student / T)), summed over classes and, with soft_scale "code", divided by their number
+    (deit `losses.py`, `DistillationLoss`: `reduction='sum'`, `/ outputs_kd.numel()`).
+    """
+    student, teacher = student.float(), teacher.detach().float()
+    match kind:
+        case "hard":
+            return F.cross_entropy(student, teacher.argmax(dim=1))
+        case "soft":
+            own, told = ((logits / temperature).log_softmax(1) for logits in (student, teacher))
+            divergence = F.kl_div(own, told, reduction="batchmean", log_target=True)
+            divergence = divergence * temperature**2
+            return divergence / student.shape[1] if soft_scale == "code" else divergence
+        case _:
+            assert_never(kind)
+
+
+class Deit(Method):
+    """The encoder, its classifier, and where it has a distillation token that token's own."""
+
+    teacher_digest: Tensor
+
+    def __init__(self, options: Objective, make_encoder: MakeEncoder, facts: Facts) -> None:
+        super().__init__()
+        self.options = options
+        drop_path = {"drop_path_rate": options.drop_path} if options.drop_path else {}
+        self.encoder = key_drop_paths(make_encoder(**drop_path))
+        width = feature_dim(self.encoder)
+        self.classifier = nn.Linear(width, facts.num_classes)
+        heads = [self.classifier]
+        if isinstance(self.encoder, VisionTransformerDistilled):
+            self.distillation_classifier = nn.Linear(width, facts.num_classes)
+            heads += [self.distillation_classifier]
+        for head in heads:
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+        self._heads = heads
+        self._teacher = LazyTeacher(
+            options.teacher, options.teacher_weights, facts, "--objective.teacher"
+        )
+        self.register_buffer("teacher_digest", torch.zeros((), dtype=torch.int64))
+        self._teacher_checked = False
+
+    def before_step(self, progress: Progress) -> None:  # noqa: ARG002
+        if not self._teacher_checked:
+            self._teacher.check(self.teacher_digest)
+            self._teacher_checked = True
+
+    def classify(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] -> logits [B, C] of the classifier and of what distillation trains."""
+        if isinstance(self.encoder, VisionTransformerDistilled):
+            tokens = self.encoder.forward_features(pictures)
+            return self.classifier(tokens[:, 0]), self.distillation_classifier(tokens[:, 1])
+        logits = self.classifier(self.encoder(pictures))
+        return logits, logits
+
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Logits [B, C]: "logits", "distilled" and the "teacher"'s."""
+        set_keys(self.encoder, batch.ids, [0], progress)
+        logits, distilled = self.classify(batch.views[0])
+        teacher = self._teacher.on(logits.device)(batch.views[0])
+        return {"logits": logits, "distilled": distilled, "teacher": teacher}
+
+    def objective(
+        self,
+        embeddings: Mapping[str, Tensor],
+        batch: Batch,
+        progress: Progress,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        options, labels, mixed = self.options, batch.labels, batch.mixed
+        labelled = mean_over_ranks(has_label(labels, mixed).sum().float())
+        logits, teacher = embeddings["logits"], embeddings["teacher"]
+        told = cross_entropy(
+            logits, labels, mixed, smoothing=options.label_smoothing, labelled=labelled
+        )
+        taught = distillation_loss(
+            embeddings["distilled"],
+            teacher,
+            options.distillation,
+            options.temperature,
+            options.soft_scale,
+        )
+        share = options.distillation_weight
+        one = torch.where(labelled > 0, labelled, 1)
+        return {
+            "loss": (1 - share) * told + share * taught,
+            "distillation": taught,
+            "train_top1": agreement(logits, labels, mixed) / one,
+            "teacher_top1": agreement(teacher, labels, mixed) / one,
+        }
+
+    def param_groups(self) -> list[dict[str, object]]:
+        undecayed: set[str] = getattr(self.encoder, "no_weight_decay", set)()
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        free = [p for name, p in named if p.ndim <= 1 or name.partition(".")[2] in undecayed]
+        kept = {id(p) for p in free}
+        return [
+            {"params": [p for _, p in named if id(p) not in kept], "decay": True},
+            {"params": free, "decay": False},
+        ]
+
+    def exports(self) -> dict[str, dict[str, Tensor]]:
+        classifier = with_classifier(self.encoder, *self._heads)
+        return super().exports() | ({"classifier": classifier} if classifier else {})
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """ "top1", "top5": bool [L], of the heads' mean, for the L samples that have a label."""
+        logits = torch.stack(self.classify(batch.views[0])).float().mean(0)
+        known = batch.labels >= 0
+        nearest = logits.topk(min(5, logits.shape[1]), dim=1).indices[known]
+        hits = nearest == batch.labels[known, None]
+        return {"top1": hits[:, 0], "top5": hits.any(dim=1)}
+
+
+def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Deit:
+    """Raises ConfigError without classes, teacher, or with several views."""
+    if facts.num_classes < 1:
+        raise ConfigError("deit needs labels, and the training set has none")
+    if len(facts.view_pixels) != 1:
+        raise ConfigError(f"deit needs one view, not the {len(facts.view_pixels)} given")
+    if not objective.teacher:
+        raise ConfigError(
+            "deit needs a teacher: --objective.teacher, a run of --method supervised or a timm "
+            "model (DeiT's training without one is --method supervised)"
+        )
+    return Deit(objective, make_encoder, facts)
+
+
+_DEIT_OPTIM = Optim(
+    name="adamw",
+    learning_rate=2.5e-4,
+    final_learning_rate=2.5e-6,
+    warmup_epochs=5,
+    warmup_from=2.5e-7,
+    weight_decay=0.05,
+)
+
+PRESETS = {
+    "imagenet": Recipe(
+        backbone="deit_base_distilled_patch16_224",
+        augmentation=recipes.deit(),
+        test=recipes.center(),
+        optim=_DEIT_OPTIM,
+        batch_size=1024,
+        epochs=300,
+        objective=Objective(teacher="regnety_160"),
+        notes="Hard distillation from a RegNetY-16GF: top-1 83.4 (the code's README), there with "
+        "--data.repeated-augmentation 3 and the authors' teacher.",
+    ),
+    "s16_imagenet": Recipe(
+        backbone="deit_small_distilled_patch16_224",
+        augmentation=recipes.deit(),
+        test=recipes.center(),
+        optim=_DEIT_OPTIM,
+        batch_size=1024,
+        epochs=300,
+        objective=Objective(teacher="regnety_160"),
+        notes="As imagenet: top-1 81.2.",
+    ),
+    "cifar": Recipe(
+        backbone="test_resnet",
+        augmentation=recipes.deit(32, group=32),
+        test=recipes.center(32, 32),
+        optim=Optim(name="adamw", learning_rate=1e-3, warmup_epochs=1, weight_decay=0.05),
+        batch_size=256,
+        epochs=10,
+        objective=Objective(distillation="soft", soft_scale="batch", drop_path=0.0),
+        holdout=0.1,
+        notes="Not from the paper: for two CPU cores; the teacher is yours to name.",
+    ),
+}

@@ -1,0 +1,145 @@
+"""Distillation: a student learns to say what a fine-tuned classifier says, of pictures alone.
+
+Chen et al. 2020, "Big Self-Supervised Models are Strong Semi-Supervised Learners" (SimCLR v2, arXiv
+2006.10029), section 2; Hinton et al. 2015 (arXiv 1503.02531). The third stage of SimCLR v2:
+pre-train without labels (`--method simclr --preset v2_imagenet`), fine-tune on a few of them
+(`--method supervised --init RUN --data.subset FILE`), then let that classifier label everything
+(`--method distill --init RUN`), for a student of its own size or a smaller one. Needs no label;
+with `label_weight` those that there are take part (eq. 3).
+
+`--init` names the teacher's run. The student starts from random weights; its backbone need not be
+the teacher's. No code of the authors is published for this stage: the loss is the paper's
+equation 2, the rest of the recipe is that of its pre-training.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipelines import recipes
+from pipelines.batch import Batch
+from training.backbones import with_classifier
+from training.blocks.classifier_teacher import LazyTeacher
+from training.blocks.gather import mean_over_ranks
+from training.blocks.heads import feature_dim
+from training.blocks.targets import cross_entropy, has_label
+from training.config import ConfigError, Optim, Recipe
+from training.method import Facts, MakeEncoder, Method, Progress
+
+INIT_IS_TEACHER = True
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Hyper-parameters of distillation."""
+
+    temperature: float = 1.0
+    """Of both answers."""
+    label_weight: float = 0.0
+    """Share of the labels' cross-entropy in the loss (1 - alpha of equation 3)."""
+
+
+def imitation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of the student's answer under the teacher's: eq. 2, a mean over samples.
+
+    student, teacher: logits [B, C], the teacher's as constants. Both are softmax(logits /
+    temperature); in nats.
+    """
+    targets = (teacher.detach().float() / temperature).softmax(dim=1)
+    return -(targets * (student.float() / temperature).log_softmax(dim=1)).sum(1).mean()
+
+
+class Distill(Method):
+    """The student's encoder and one linear layer."""
+
+    teacher_digest: Tensor
+
+    def __init__(self, options: Objective, make_encoder: MakeEncoder, facts: Facts) -> None:
+        super().__init__()
+        self.options = options
+        self.encoder = make_encoder()
+        self.classifier = nn.Linear(feature_dim(self.encoder), facts.num_classes)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+        self._teacher = LazyTeacher(str(facts.init), None, facts, "--init")
+        self.register_buffer("teacher_digest", torch.zeros((), dtype=torch.int64))
+        self._teacher_checked = False
+
+    def before_step(self, progress: Progress) -> None:  # noqa: ARG002
+        if not self._teacher_checked:
+            self._teacher.check(self.teacher_digest)
+            self._teacher_checked = True
+
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
+        """Logits [B, C]: the student's "logits" and the "teacher"'s."""
+        logits = self.classifier(self.encoder(batch.views[0]))
+        return {"logits": logits, "teacher": self._teacher.on(logits.device)(batch.views[0])}
+
+    def objective(
+        self,
+        embeddings: Mapping[str, Tensor],
+        batch: Batch,
+        progress: Progress,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        logits, teacher, share = (
+            embeddings["logits"],
+            embeddings["teacher"],
+            self.options.label_weight,
+        )
+        loss = imitation_loss(logits, teacher, self.options.temperature)
+        if share > 0:
+            labelled = mean_over_ranks(has_label(batch.labels, batch.mixed).sum().float())
+            told = cross_entropy(logits, batch.labels, batch.mixed, labelled=labelled)
+            loss = (1 - share) * loss + share * told
+        agrees = (logits.argmax(1) == teacher.argmax(1)).float().mean()
+        return {"loss": loss, "agrees_with_teacher": agrees}
+
+    def exports(self) -> dict[str, dict[str, Tensor]]:
+        classifier = with_classifier(self.encoder, self.classifier)
+        return super().exports() | ({"classifier": classifier} if classifier else {})
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """ "top1": bool [L], for the L samples of the batch that have a label."""
+        logits, known = self.classifier(self.encoder(batch.views[0])), batch.labels >= 0
+        return {"top1": logits.argmax(1)[known] == batch.labels[known]}
+
+
+def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Distill:
+    """Raises ConfigError without --init or classes, or with several views."""
+    if facts.init is None:
+        raise ConfigError("distill needs a teacher: --init, a run of --method supervised")
+    if facts.num_classes < 1:
+        raise ConfigError("distill needs a data set that names the teacher's classes")
+    if len(facts.view_pixels) != 1:
+        raise ConfigError(f"distill needs one view, not the {len(facts.view_pixels)} given")
+    return Distill(objective, make_encoder, facts)
+
+
+PRESETS = {
+    "imagenet": Recipe(
+        backbone="resnet50",
+        augmentation=recipes.supervised(),
+        test=recipes.center(),
+        optim=Optim(name="lars", learning_rate=0.1, warmup_epochs=20, weight_decay=1e-4),
+        batch_size=4096,
+        epochs=400,
+        objective=Objective(),
+        notes="Crops and flips alone, as the paper has it for this stage; a ResNet-50 taught by "
+        "itself on 1 % and 10 % of the labels: top-1 73.9 and 77.5 (paper's abstract: a larger "
+        "teacher).",
+    ),
+    "cifar": Recipe(
+        backbone="test_resnet",
+        augmentation=recipes.supervised(32, scale=(0.25, 1.0)),
+        test=recipes.center(32, 32),
+        optim=Optim(name="sgd", learning_rate=0.1, warmup_epochs=1, weight_decay=5e-4),
+        batch_size=256,
+        epochs=10,
+        objective=Objective(),
+        holdout=0.1,
+        notes="Not from the paper: for two CPU cores.",
+    ),
+}
