@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from shards.dataset import BETON_FILE
 from shards.atomic import PARTIAL_SUFFIX, atomic_file
 from shards.beton import beton_item, write_beton
 from shards.convert import tool_version
+from shards.dataset import BETON_FILE
 from shards.index import ENCODED, INDEX_DTYPE, RAW, ShardError, content_hash, write_index
 from shards.manifest import (
     MANIFEST_FILE,

@@ -85,6 +85,25 @@ def test_the_commands_one_after_the_other(place: Path) -> None:
     assert (place / "runs/dino-cifar10/curves.png").stat().st_size > 1000
 
 
+def test_a_network_is_tuned_and_teaches_another(place: Path) -> None:
+    """SimCLR v2's three runs, and DeiT with a run as its teacher."""
+    (place / "some.txt").write_text("".join(f"{sample}\n" for sample in range(0, 40, 2)))
+    for method, options in (
+        ("simclr", "--run.accumulate 2 --run.gradient-cache"),
+        ("supervised", "--init runs/simclr --data.subset some.txt"),
+        ("distill", "--init runs/supervised"),
+        ("deit", "--objective.teacher runs/supervised --augmentation.group 4"),
+    ):
+        line = f"--method {method} --preset cifar --run.out runs/{method} {options}"
+        sizes = "--data.batch-size 8 --data.holdout 0 --run.steps 2 --backbone test_resnet"
+        script = str(ROOT / "training/train.py")
+        said = run(place, sys.executable, script, *line.split(), *sizes.split())
+        assert f"finished: runs/{method} is at step 2 of 2" in said
+        assert (method == "simclr") == ("batch norm normalises each micro-batch" in said)
+        exported = {path.stem for path in (place / "runs" / method).glob("*.safetensors")}
+        assert exported == ({"encoder"} if method == "simclr" else {"encoder", "classifier"})
+
+
 def test_shell_scripts_explain_themselves_and_refuse_what_they_do_not_know(tmp_path: Path) -> None:
     quickstart = str(ROOT / "tools/quickstart.sh")
     assert "--seed" in run(tmp_path, "bash", quickstart, "--help")
@@ -109,12 +128,14 @@ def test_the_readme_is_finished() -> None:
     "script",
     [
         "tools/make_shards.py",
+        "tools/make_masks.py",
         "tools/verify_shards.py",
         "tools/sample_data.py",
         "tools/show_batch.py",
         "tools/plot_run.py",
         "tools/bench_pipeline.py",
         "tools/bench_training.py",
+        "tools/bench_methods.py",
         "tools/compare_engines.py",
         "tools/readme_tables.py",
         "training/train.py",
