@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipelines import recipes
 from pipelines.batch import Batch
+from pipelines.engines import APPROXIMATIONS, unsupported
 from pipelines.recipe import Augmentation
 from tests.tiny_methods import (
     CASES,
@@ -339,6 +341,19 @@ def test_presets_build_as_published(name: str, preset: str) -> None:
     with torch.device("meta"):
         method = module_of(name).build(objective, EncoderFactory(recipe.backbone, options), facts)
     assert all(parameter.is_meta for parameter in method.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_presets_run_on_every_engine(name: str) -> None:
+    """All that a method asks for of its pictures; DALI may have to be allowed to approximate."""
+    presets: dict[str, Recipe] = module_of(name).PRESETS
+    for preset, recipe in presets.items():
+        for augmentation in (recipe.augmentation, recipe.test):
+            for engine in ("reference", "fused", "synthetic"):
+                assert unsupported(engine, augmentation) == [], (preset, engine)
+            if not unsupported("dali", recipes.center()):  # where it is installed
+                lacking = unsupported("dali", augmentation, approximate=APPROXIMATIONS)
+                assert lacking == [], (preset, "dali")
 
 
 def test_the_vit_preset_is_the_promised_one() -> None:

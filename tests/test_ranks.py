@@ -35,6 +35,7 @@ from tests.tiny_methods import (
 from training.blocks.gather import gather_with_gradient
 from training.blocks.norm import convert
 from training.config import Recipe
+from training.gradients import average, backward
 from training.method import Method
 from training.world import World, distributed
 
@@ -221,6 +222,37 @@ def test_two_ranks_are_one(name: str, encoder: str, on_two_ranks: Call) -> None:
     rest = train(other, recipe, batches[6:], 6, 1e-3, World())
     rest["losses"] = torch.cat([half[0]["losses"], rest["losses"]])
     assert_agrees({**rest, "first": half[0]["first"]}, one)
+
+
+def cached_gradients(
+    method: Method, recipe: Recipe, batch: Batch, parts: int, world: World
+) -> dict[str, Tensor]:
+    """Of a share of the batch, in `parts` micro-batches, with a gradient cache or (1) without."""
+    method, size = copy.deepcopy(method), len(batch) // world.size
+    convert(method, world)
+    own = share(batch, slice(world.rank * size, (world.rank + 1) * size))
+    method.before_step(progress_at(0))
+    step = size // parts
+    micro = [share(own, slice(first, first + step)) for first in range(0, size, step)]
+    trained = [p for p in method.parameters() if p.requires_grad]
+    backward(method, micro, parts, progress_at(0), cached=parts > 1)
+    average(trained, world)
+    return gradients(method)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["simclr", "moco_v3", "barlow_twins", "swav", "dino"])
+def test_a_gradient_cache_sees_all_ranks_and_micro_batches(name: str, on_two_ranks: Call) -> None:
+    method = build(name, "test_vit")
+    for module in method.modules():
+        for key, child in module.named_children():
+            if isinstance(child, nn.BatchNorm1d):
+                setattr(module, key, nn.Identity())
+    recipe = small_recipe(name)
+    batch = make_batch(recipe.augmentation, 16)
+    one = cached_gradients(method, recipe, batch, 1, World())
+    for seen in on_two_ranks(cached_gradients, method, recipe, batch, 2):
+        assert relative_error(seen, one) < TOLERANCE
 
 
 def assert_agrees(seen: dict[str, Any], expected: dict[str, Any]) -> None:
