@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from pipelines.declaration import augmentation_from
 from pipelines.recipes import center, deit, dino
 from shards.store import Store, open_store
-from training.backbones import EncoderFactory, export, read_initial
+from training.backbones import EncoderFactory, export, read_initial, resolve_options
 from training.config import Config, ConfigError, Data, Run, find_method, method_names
 from training.evaluation.features import FeaturePass, extract
-from training.evaluation.record import read_record, untrained_encoder
+from training.evaluation.knn import knn_predict
+from training.evaluation.record import read_record, trained_encoder, untrained_encoder
 from training.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,29 +55,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(data: Path) -> Path:
     """A run of dino with a small encoder, as training leaves it, but for what is not read here."""
     directory = data.parent / "run"
-    directory.mkdir()
-    recipe = find_method("dino").PRESETS["cifar"]
-    config = Config(
-        method="dino",
-        preset="cifar",
-        backbone="test_resnet",
-        backbone_options={},
-        init=None,
-        data=Data(train=data, batch_size=16),
-        optim=recipe.optim,
-        run=Run(out=directory, steps=30, seed=5),
-        objective=recipe.objective,
-        augmentation=recipe.augmentation,
-        test=recipe.test,
-    )
-    described = {
-        "config": config.declaration(),
-        "derived": {"steps": 30},
-        "fingerprint": {"stream": {"engine": {"name": "reference"}}},
-    }
-    (directory / "config.json").write_text(json.dumps(described))
+    make_run(directory, data, "dino", "test_resnet", {})
     torch.manual_seed(0)
-    export(EncoderFactory("test_resnet", {})(), directory / "encoder.safetensors")
+    export(EncoderFactory("test_resnet", {})().state_dict(), directory / "encoder.safetensors")
     torch.save({"format": 1, "step": 30}, directory / "checkpoint.pt")
     lines = [
         {
@@ -90,6 +71,43 @@ def run(data: Path) -> Path:
     ]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return directory
+
+
+def make_run(
+    directory: Path,
+    data: Path,
+    method: str,
+    backbone: str,
+    options: dict[str, Any],
+    samples: int = 60,
+) -> None:
+    """The config.json of a run with a method's CIFAR preset, but for the backbone. A teacher is
+    named where one is needed; judging does not open it."""
+    directory.mkdir()
+    module = find_method(method)
+    recipe = module.PRESETS["cifar"]
+    objective = recipe.objective
+    if getattr(objective, "teacher", None) == "":
+        objective = replace(objective, teacher="runs/teacher")
+    config = Config(
+        method=method,
+        preset="cifar",
+        backbone=backbone,
+        backbone_options=options,
+        init=Path("runs/teacher") if getattr(module, "INIT_IS_TEACHER", False) else None,
+        data=Data(train=data, batch_size=recipe.batch_size),
+        optim=recipe.optim,
+        run=Run(out=directory, steps=30, seed=5),
+        objective=objective,
+        augmentation=recipe.augmentation,
+        test=recipe.test,
+    )
+    described = {
+        "config": config.declaration(),
+        "derived": {"steps": 30},
+        "fingerprint": {"stream": {"engine": {"name": "reference"}, "order": {"samples": samples}}},
+    }
+    (directory / "config.json").write_text(json.dumps(described))
 
 
 def script(path: str, *arguments: object, directory: Path) -> "subprocess.CompletedProcess[str]":
@@ -223,7 +241,7 @@ def test_the_record_of_a_run(run: Path, data: Path) -> None:
     record = read_record(run)
     assert (record.method, record.backbone, record.seed) == ("dino", "test_resnet", 5)
     assert (record.train, record.val, record.engine) == (data, None, "reference")
-    assert (record.step, record.total_steps) == (30, 30)
+    assert (record.step, record.total_steps, record.train_samples) == (30, 30, 60)
     assert record.test == TEST_VIEW
 
 
@@ -233,6 +251,51 @@ def test_the_untrained_encoder_is_that_of_the_seed(run: Path, data: Path) -> Non
     other = untrained_encoder(replace(record, seed=6), store).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+COMPOSITE = ("cmc", "deepcluster")  # whose encoders are no plain timm models
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=() if name in COMPOSITE else pytest.mark.slow)
+        for name in method_names()
+    ],
+)
+def test_what_a_method_exports_is_what_is_judged(method: str, data: Path, tmp_path: Path) -> None:
+    recipe, store = find_method(method).PRESETS["cifar"], open_store(data, "train")
+    options = {**getattr(find_method(method), "BACKBONE_OPTIONS", {}), **recipe.backbone_options}
+    views = tuple(view.size for view in recipe.augmentation.flat_views)
+    options = resolve_options(recipe.backbone, options, views, recipe.test.flat_views[0].size)
+    # The run had more images than it is judged with.
+    make_run(tmp_path / "run", data, method, recipe.backbone, options, samples=50_000)
+    record = read_record(tmp_path / "run")
+    other = untrained_encoder(replace(record, seed=99), store)
+    for value in other.buffers():  # as if training had moved running statistics
+        if value.is_floating_point():
+            value.mul_(1.5)
+    export(other.state_dict(), tmp_path / "run" / "encoder.safetensors")
+
+    judged = trained_encoder(record, store)
+    noise = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    saved = other.state_dict()
+    assert saved.keys() == judged.state_dict().keys()
+    assert all(torch.equal(value, saved[name]) for name, value in judged.state_dict().items())
+    with torch.no_grad():
+        features = judged.eval()(noise)
+        begun = untrained_encoder(record, store).eval()(noise)
+    assert features.shape == begun.shape == (2, features.shape[1])
+    assert features.isfinite().all()
+    assert not torch.allclose(features, begun)
+
+
+def test_weights_of_another_encoder_are_refused(run: Path, data: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "cmc", data, "cmc", "test_resnet", {})
+    record = read_record(tmp_path / "cmc")
+    shutil.copy(run / "encoder.safetensors", tmp_path / "cmc")
+    with pytest.raises(ConfigError, match=r"not hold the weights of the encoder that cmc builds"):
+        trained_encoder(record, open_store(data, "train"))
 
 
 @pytest.mark.parametrize(
@@ -278,7 +341,8 @@ def test_evaluate_from_another_directory(run: Path, data: Path, tmp_path: Path) 
     ):
         assert words in result.stdout
     written = json.loads((tmp_path / "knn.json").read_text())
-    assert (written["protocol"], written["step"], written["untrained"]) == ("knn", 30, False)
+    assert (written["protocols"], written["step"], written["untrained"]) == (["knn"], 30, False)
+    assert "linear" not in written
     assert list(written["results"]) == ["10", "20"]
     assert written["skipped_k"] == [100, 200]
     assert written["results"]["20"]["top1"] > 80
@@ -340,7 +404,8 @@ def evaluate() -> Callable[..., int]:
 def test_evaluate_with_two_processes_gives_the_same(
     evaluate: Callable[..., int], run: Path, tmp_path: Path
 ) -> None:
-    arguments = [str(run), "--batch-size", "8", "--json"]
+    arguments = [str(run), "--batch-size", "8", "--protocol", "knn", "linear"]
+    arguments += ["--linear.epochs", "10", "--linear.batch-size", "20", "--json"]
     assert evaluate([*arguments, str(tmp_path / "1.json")]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / "training/evaluate.py"), *arguments, str(tmp_path / "2.json")]
@@ -349,6 +414,73 @@ def test_evaluate_with_two_processes_gives_the_same(
     alone, together = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     assert alone["results"] == together["results"]
     assert (alone["world_size"], together["world_size"]) == (1, 2)
+    for one, other in zip(alone["linear"]["tried"], together["linear"]["tried"], strict=True):
+        assert one["held_out_cross_entropy"] == pytest.approx(
+            other["held_out_cross_entropy"], rel=1e-3
+        )
+    assert alone["linear"]["accuracy"] == together["linear"]["accuracy"]
+
+
+def test_both_protocols_share_the_features(
+    evaluate: Callable[..., int], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(run), "--k", "5", "--linear.learning-rates", "0.1", "1", "--linear.epochs"]
+    arguments += ["20", "--linear.batch-size", "20", "--json", str(tmp_path / "both.json")]
+    assert evaluate([*arguments, "--protocol", "linear", "knn"]) == 0
+    said = capsys.readouterr().out
+    assert "kNN of 21 images among 60 in 3 classes" in said
+    assert "linear probe of 21 images, trained on 60 in 3 classes" in said
+    assert said.count("chosen") == 1
+    written = json.loads((tmp_path / "both.json").read_text())
+    assert written["protocols"] == ["knn", "linear"]
+    assert list(written["seconds"]) == ["train_features", "val_features", "knn", "linear"]
+    linear = written["linear"]
+    assert [one["learning_rate"] for one in linear["tried"]] == [0.1, 1.0]
+    assert (linear["sweep"]["epochs"], linear["sweep"]["batch_size"]) == (20, 20)
+    assert (linear["held_out_samples"], linear["train_samples"]) == (6, 60)
+    assert linear["accuracy"]["top1"] > 80
+    assert evaluate([*arguments, "--protocol", "linear"]) == 0
+    alone = json.loads((tmp_path / "both.json").read_text())
+    assert alone["linear"] == linear
+    assert "results" not in alone
+
+
+def test_pixels_are_judged_without_a_network(
+    evaluate: Callable[..., int], run: Path, data: Path, tmp_path: Path
+) -> None:
+    empty = tmp_path / "run"
+    shutil.copytree(run, empty, ignore=lambda *_: ["encoder.safetensors", "checkpoint.pt"])
+    arguments = [str(empty), "--pixels", "--k", "3", "--json", str(tmp_path / "pixels.json")]
+    assert evaluate([*arguments, "--protocol", "knn", "linear", "--linear.epochs", "5"]) == 0
+    written = json.loads((tmp_path / "pixels.json").read_text())
+    assert (written["pixels"], written["step"]) == (True, 0)
+    assert written["linear"]["width"] == 3 * 32 * 32
+
+    def pixels(split: str) -> tuple[Tensor, Tensor]:
+        store = open_store(data, split)
+        ids = np.arange(len(store))
+        pictures = [np.asarray(Image.open(Path(store.uri) / name)) for name in store.names(ids)]
+        whole = torch.tensor(np.stack(pictures)) / 255
+        normalised = (whole - torch.tensor(TEST_VIEW.mean)) / torch.tensor(TEST_VIEW.std)
+        return normalised.flatten(1), torch.tensor(store.labels(ids))
+
+    train, test = pixels("train"), pixels("test")
+    predicted = knn_predict(*train, test[0], k=3, classes=3)[:, 0]
+    assert written["results"]["3"]["top1"] == 100 * float((predicted == test[1]).double().mean())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--pixels", "--untrained"], ["--linear.learning-rates", "0"], ["--protocol", "svm"],
+        ["--linear.weight-decays", "-1"], ["--linear.learning-rates", "fast"], ["--k", "0"],
+    ],
+)  # fmt: skip
+def test_evaluate_refuses_what_means_nothing(
+    evaluate: Callable[..., int], run: Path, arguments: list[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        evaluate([str(run), *arguments])
 
 
 def test_evaluate_says_what_is_missing(

@@ -133,6 +133,7 @@ def test_the_readme_is_finished() -> None:
         "tools/sample_data.py",
         "tools/show_batch.py",
         "tools/plot_run.py",
+        "tools/show_reconstruction.py",
         "tools/bench_pipeline.py",
         "tools/bench_training.py",
         "tools/bench_methods.py",

@@ -152,6 +152,51 @@ def test_costs_are_of_the_fused_engine_alone() -> None:
     assert "batches of 64." in rows[4]
 
 
+def method(name: str, seed: int | None, **other: Any) -> dict[str, Any]:
+    line = {
+        "name": name,
+        "seed": seed,
+        "samples": 100_000,
+        "status": "done",
+        "judged_by": "knn",
+        "setting": "a",
+        "untrained": {"knn": 33.0, "linear": 40.0},
+        "trained": {"knn": 39.0 + (seed or 0) / 10, "linear": 45.0},
+        "images_per_second": 1234.5,
+        "peak_memory_bytes": 10**9,
+        "subset_samples": 10_000,
+        "jobs": 2,
+        "threads": 1,
+    }
+    return WHERE | line | other
+
+
+def test_methods_are_judged_beside_their_baselines() -> None:
+    little = {"knn": 1, "linear": 40.5}
+    lines = [
+        method("byol", 0, trained={"knn": 20.0, "linear": 45.0}),  # an earlier measurement
+        *(method("byol", seed) for seed in range(3)),
+        *(method("mae", seed, judged_by="linear", trained=little) for seed in range(2)),
+        method("raw pixels, 32 px", None, samples=0),
+        {"name": "deit", "seed": 0, "samples": 100_000, "status": "failed", "error": "no teacher"},
+    ]  # fmt: skip
+    section = tables.methods_section(lines).splitlines()
+    assert section[0].startswith("| method | judged by | seeds | untrained | trained | gain |")
+    assert [row.split(" | ")[0] for row in section[2:6]] == [
+        "| raw pixels, 32 px", "| byol", "| mae", "| deit, seed 0",
+    ]  # fmt: skip
+    assert "| 33.0 ± 0.0 | 39.1 ± 0.1 | +6.1 | 0.07 | learns | 39.1 | 45.0 | 1,234 |" in section[3]
+    assert "| linear | 2 | 40.0 ± 0.0 | 40.5 ± 0.0 | +0.5 | 0.00 | does not learn |" in section[4]
+    assert "failed: no teacher" in section[5]
+    assert section[6] == ""
+    assert section[7].startswith("1 of 2 methods learn: ")
+    assert "100,000 samples seen of 10,000 images" in section[7]
+    assert "one process with 1 thread (2 runs side by side)" in section[7]
+    assert "Measured 2026-11-22 on 2 cores of AMD EPYC" in section[7]
+    with pytest.raises(tables.TableError, match="no row of a method"):
+        tables.methods_section(lines[-2:])
+
+
 @pytest.mark.dali
 def test_all_recipes_are_listed() -> None:
     rows = tables.recipes_section().splitlines()
@@ -199,6 +244,21 @@ def test_the_readme_is_rewritten_whole_or_not_at_all(
     assert written.endswith("\n<!-- /agreement -->\nend\n")
     assert tables.main([*arguments, "--check"]) == 0
     assert [path.name for path in readme.parent.iterdir() if "partial" in path.name] == []
+
+
+def test_methods_are_checked_where_the_readme_has_them(readme: Path) -> None:
+    lines = readme.with_name("methods.jsonl")
+    lines.write_text(json.dumps(method("byol", 0)) + "\n")
+    arguments = ["--readme", str(readme), "--methods", str(lines)]
+    arguments += ["--agreement", str(readme.with_name("lines.jsonl"))]
+    assert tables.main(arguments) == 0  # without markers for it
+    readme.write_text(readme.read_text() + "<!-- methods -->\n<!-- /methods -->\n")
+    assert tables.main([*arguments, "--check"]) == 1
+    assert tables.main(arguments) == 0
+    assert "| byol | kNN | 1 |" in readme.read_text()
+    assert tables.main([*arguments, "--check"]) == 0
+    lines.write_text(lines.read_text() + json.dumps(method("moco", 0)) + "\n")
+    assert tables.main([*arguments, "--check"]) == 1
 
 
 @pytest.mark.parametrize(

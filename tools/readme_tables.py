@@ -4,8 +4,8 @@
     python tools/readme_tables.py --check    # ends with 1 where the README says something else
 
 What stands between `<!-- agreement -->` and `<!-- /agreement -->`, `<!-- speed -->` and
-`<!-- /speed -->`, and likewise for `costs` and `recipes`, is replaced, and nothing else; a section
-without markers is left out. Of lines for the same thing the last one counts.
+`<!-- /speed -->`, and likewise for `costs`, `methods` and `recipes`, is replaced, and nothing else;
+a section without markers is left out. Of lines for the same thing the last one counts.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench.methods_rows import is_pixels, table, verdicts
 
 from pipelines import recipes
 from pipelines.engines import finishes
@@ -203,6 +204,29 @@ def costs_section(lines: Sequence[Line]) -> str:
     return "\n\n".join([markdown(_filled(rows)), note])
 
 
+def methods_section(lines: Sequence[Line]) -> str:
+    """Whether each method learns, beside its untrained encoder and raw pixels."""
+    done = [line for line in lines if line["status"] == "done"]
+    runs = [line for line in done if not is_pixels(line)]
+    if not runs:
+        raise TableError("there is no row of a method that was trained")
+    last = _last(runs)
+    judged = verdicts(lines)
+    learning = sum(one.learns is True for one in judged)
+    seen = ", ".join(f"{number:,}" for number in sorted({line["samples"] for line in runs}))
+    jobs = sorted({line["jobs"] for line in runs})
+    beside = "" if jobs == [1] else f" ({jobs[-1]} runs side by side)"
+    images = f"{last['subset_samples']:,} images"
+    note = (
+        f"{learning} of {len(judged)} methods learn: top-1 in %, gained over the untrained encoder "
+        f"of the same seeds by more than 1 point and more than twice the pooled deviation over "
+        f"seeds. {seen} samples seen of {images}, judged on the whole set. "
+        f"Images/s of one process with {last['threads']} "
+        f"thread{'s' if last['threads'] > 1 else ''}{beside}, MB its largest resident set."
+    )
+    return "\n\n".join([markdown(_filled(table(lines))), f"{note} {_where(last)}"])
+
+
 def recipes_section() -> str:
     """The named recipes: what each is, its views, how many deviations it lists, its GPU graph."""
     from pipelines.engines.dali_inspect import graph_of
@@ -294,6 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ("agreement", options.agreement, agreement_section),
             ("speed", options.speed, speed_section),
             ("costs", options.costs, costs_section),
+            ("methods", options.methods, methods_section),
         )
         for section, path, made in sections:
             if path is None:
@@ -331,6 +356,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("agreement", "compare_engines.py"),
         ("speed", "bench_pipeline.py"),
         ("costs", "bench_pipeline.py --engine fused"),
+        ("methods", "bench_methods.py"),
     ):
         parser.add_argument(
             f"--{kind}",

@@ -111,6 +111,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
     if world.is_main and start < steps:
         derived = {"steps": steps, "learning_rate": schedule.peak, "world_size": world.size}
         derived |= {"engine": loader.engine_name, "precision": context.precision}
+        derived |= {"classes": len(store.classes), "epoch_steps": epoch_steps}
         checkpoint.begin(out, start, config.declaration(), derived, fingerprint)
 
     numbers = run.accumulate, config.optim.clip_norm, bf16, run.gradient_cache

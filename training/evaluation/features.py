@@ -4,10 +4,11 @@ kNN, a linear probe and methods that cluster (`Method.before_epoch`) all take th
 sample is seen exactly once for any number of ranks; each rank keeps its own share on its device.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from shards.store import Store
 from training.world import World
 
 Precision = Literal["fp32", "bf16"]
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 class Features(NamedTuple):
@@ -127,12 +129,7 @@ def extract(
         approximate=approximate,
     )
     parts: list[Features] = []
-    with tqdm(
-        total=len(store),
-        desc=progress,
-        unit=" images",
-        disable=progress is None or not world.is_main,
-    ) as bar:
+    with progress_bar(progress if world.is_main else None, len(store)) as bar:
         for part in way.batches(encoder):
             parts.append(part)
             bar.update(min(world.size * len(part.ids), len(store) - bar.n))
@@ -144,6 +141,19 @@ def extract(
     width = _apply(encoder, blank, 1, precision).shape[1]
     none = torch.zeros(0, dtype=torch.int64, device=world.device)
     return Features(none, torch.zeros(0, width, device=world.device), none.clone())
+
+
+def progress_bar(called: str | None, total: int, unit: str = "images") -> "tqdm[Any]":
+    """A bar, or a line now and then where nobody watches; nothing for None."""
+    seconds = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
+    return tqdm(
+        total=total,
+        desc=called,
+        unit=f" {unit}",
+        disable=called is None,
+        mininterval=seconds,
+        maxinterval=max(10.0, seconds),
+    )
 
 
 def _apply(

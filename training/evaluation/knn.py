@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from training.evaluation.features import Features
-from training.world import World, gather_objects, largest_over_ranks, sum_over_ranks
+from training.evaluation.accuracy import Accuracy, problem_of, totals
+from training.evaluation.features import Features, progress_bar
+from training.world import World, gather_objects, largest_over_ranks
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -46,14 +47,6 @@ class Neighbours:
     similarities: Tensor
     ids: Tensor
     labels: Tensor
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """In percent of the test samples."""
-
-    top1: float
-    top5: float
 
 
 @dataclass(frozen=True)
@@ -154,9 +147,10 @@ def knn_accuracy(
     Top-5 counts the first min(5, k) classes, as DINO does.
     Raises KnnError on every rank: labels are missing, features are not finite, no k fits.
     """
-    train_samples, test_samples = _total([len(train.ids), len(test.ids)], world)
-    _check(train, "training", train_samples, world)
-    _check(test, "test", test_samples, world)
+    train_samples, test_samples = totals([len(train.ids), len(test.ids)], world)
+    for share, name, samples in ((train, "training", train_samples), (test, "test", test_samples)):
+        if problem := problem_of(share, name, samples, world):
+            raise KnnError(f"kNN cannot judge these features: {problem}")
     fitting = sorted({k for k in ks if 0 < k <= train_samples})
     skipped = tuple(sorted({k for k in ks if k > train_samples}))
     if not fitting:
@@ -171,20 +165,18 @@ def knn_accuracy(
     bank = Features(train.ids[by_id], normalise(train.features[by_id]), train.labels[by_id])
     queries = normalise(test.features)
     correct = torch.zeros(len(fitting), 2, dtype=torch.int64, device=queries.device)
-    with tqdm(
-        total=test_samples, desc="kNN", unit=" images", disable=not (progress and world.is_main)
-    ) as bar:
+    with progress_bar("kNN" if progress and world.is_main else None, test_samples) as bar:
         for rows, found in _neighbours_of_own(bank, queries, max(fitting), world, chunk_rows, bar):
             labels = test.labels[rows]
             for row, k in enumerate(fitting):
                 place = _place_of_label(votes(found, k, classes, temperature), labels)
                 correct[row, 0] += (place < 1).sum()
                 correct[row, 1] += (place < min(5, k)).sum()
-    totals = _total(correct.flatten().tolist(), world)
+    summed = totals(correct.flatten().tolist(), world)
     return KnnResult(
         accuracies={
             k: Accuracy(100 * top1 / test_samples, 100 * top5 / test_samples)
-            for k, top1, top5 in zip(fitting, totals[0::2], totals[1::2], strict=True)
+            for k, top1, top5 in zip(fitting, summed[0::2], summed[1::2], strict=True)
         },
         skipped=skipped,
         train_samples=train_samples,
@@ -262,28 +254,3 @@ def _place_of_label(class_votes: Tensor, labels: Tensor) -> Tensor:
     own = class_votes.gather(1, labels[:, None])
     lower = torch.arange(class_votes.shape[1], device=labels.device) < labels[:, None]
     return ((class_votes > own) | ((class_votes == own) & lower)).sum(dim=1)
-
-
-def _check(share: Features, name: str, samples: int, world: World) -> None:
-    if samples == 0:
-        raise KnnError(f"kNN has no {name} samples")
-    missing, broken = _total(
-        [
-            int((share.labels < 0).sum()),
-            int((~share.features.isfinite().all(dim=1)).sum()),
-        ],
-        world,
-    )
-    if missing:
-        raise KnnError(
-            f"kNN needs the class of every image; {missing:,} of the {samples:,} {name} images "
-            f"have none"
-        )
-    if broken:
-        raise KnnError(
-            f"the encoder's features of {broken:,} of the {samples:,} {name} images are not finite"
-        )
-
-
-def _total(values: list[int], world: World) -> list[int]:
-    return sum_over_ranks(world, torch.tensor(values, device=world.device)).tolist()

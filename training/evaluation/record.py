@@ -6,9 +6,11 @@ later (the views, the backbone, the seed) becomes the frozen dataclasses again t
 
 import json
 import pickle
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from pipelines.declaration import augmentation_from
 from pipelines.engines import Approximation
 from pipelines.recipe import Augmentation, RecipeError
 from shards.store import Store
-from training.backbones import EncoderFactory, read_initial
+from training.backbones import ENCODER_FILE, read_initial
+from training.build import build_method
 from training.checkpoint import CHECKPOINT_FILE
 from training.config import ConfigError, approximations, find_method
 from training.method import Facts
@@ -32,7 +35,8 @@ class Record:
 
     train, val: as the run was given them. engine: the one that fed it. approximate: what that one
     might do differently. step: of the exported encoder, None if no checkpoint says so. total_steps:
-    of the whole run.
+    of the whole run. classes, train_samples, epoch_steps: of the training set that it had, None
+    where config.json does not tell.
     """
 
     directory: Path
@@ -50,6 +54,9 @@ class Record:
     batch_size: int
     step: int | None
     total_steps: int
+    classes: int | None
+    train_samples: int | None
+    epoch_steps: int | None
     augmentation: Augmentation
     test: Augmentation
 
@@ -66,7 +73,8 @@ def read_record(run: Path) -> Record:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     try:
-        config = recorded["config"]
+        config, derived = recorded["config"], recorded["derived"]
+        stream = recorded["fingerprint"]["stream"]
         return Record(
             directory=run,
             method=config["method"],
@@ -77,12 +85,15 @@ def read_record(run: Path) -> Record:
             seed=int(config["run"]["seed"]),
             train=_path(config["data"]["train"]),
             val=_path(config["data"]["val"]),
-            engine=recorded["fingerprint"]["stream"]["engine"]["name"],
+            engine=stream["engine"]["name"],
             approximate=approximations(config["data"].get("approximate", ())),
             init=_path(config["init"]),
             batch_size=config["data"]["batch_size"],
             step=_saved_step(run / CHECKPOINT_FILE),
-            total_steps=int(recorded["derived"]["steps"]),
+            total_steps=int(derived["steps"]),
+            classes=derived.get("classes"),
+            train_samples=stream.get("order", {}).get("samples"),
+            epoch_steps=derived.get("epoch_steps"),
             augmentation=augmentation_from(config["augmentation"]),
             test=augmentation_from(config["test"]),
         )
@@ -95,21 +106,68 @@ def read_record(run: Path) -> Record:
 
 def untrained_encoder(record: Record, train: Store) -> nn.Module:
     """The encoder as the run began with it: built in the same way from the same seed."""
-    torch.manual_seed(record.seed)
-    view_pixels = tuple(view.size for view in record.augmentation.flat_views)
-    initial = None if record.init is None else read_initial(record.init)
-    module = find_method(record.method)
+    return _built_encoder(record, train, trained=False)
+
+
+def trained_encoder(record: Record, train: Store) -> nn.Module:
+    """The encoder that the run's last checkpoint left.
+
+    The method builds it, because what it judges need not be one timm model: two networks on
+    different channels, a fixed filter in front of one. Raises ConfigError where there is none, and
+    where the weights are not those of this encoder.
+    """
+    path = record.directory / ENCODER_FILE
+    if not path.is_file():
+        raise ConfigError(
+            f"{record.directory} holds no {ENCODER_FILE}: the run writes it with its first "
+            f"checkpoint; --untrained judges the weights that it begins with"
+        )
+    weights = read_initial(path)
+    encoder = _built_encoder(record, train, trained=True)
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        difference = shorten(str(error).partition("\n")[2], 200, placeholder=" ...")
+        raise ConfigError(
+            f"{path} does not hold the weights of the encoder that {record.method} builds for "
+            f"{record.directory / CONFIG_FILE}: {difference}"
+        ) from error
+    return encoder
+
+
+def _built_encoder(record: Record, train: Store, *, trained: bool) -> nn.Module:
+    """The method as the run built it, of which the encoder is kept.
+
+    Heads and banks exist for a moment and take the memory that they take in training: buffers that
+    no checkpoint holds have their values from being built, so nothing can be left out safely.
+    train: its numbers stand in for what an older record does not tell of the run's own.
+    """
+    samples = record.train_samples or len(train)
+    if "." in record.method and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # where training found it
+    views = record.augmentation.flat_views
     facts = Facts(
-        num_classes=len(train.classes),
-        train_samples=len(train),
-        view_pixels=view_pixels,
+        num_classes=len(train.classes) if record.classes is None else record.classes,
+        train_samples=samples,
+        view_pixels=tuple(view.size for view in views),
         batch_size=record.batch_size,
-        steps_per_epoch=max(1, len(train) // record.batch_size),
+        steps_per_epoch=record.epoch_steps or max(1, samples // record.batch_size),
         total_steps=record.total_steps,
+        init=record.init,
+        mean=record.augmentation.mean,
+        std=record.augmentation.std,
+        masks=tuple(view.mask for view in views),
     )
-    make_encoder = EncoderFactory(record.backbone, record.backbone_options, initial=initial)
-    objective = module.Objective(**record.objective)
-    return module.build(objective, make_encoder, facts).encoder
+    objective = find_method(record.method).Objective(**record.objective)
+    return build_method(
+        record.method,
+        objective,
+        record.backbone,
+        record.backbone_options,
+        facts,
+        record.seed,
+        resumed=trained,
+    ).encoder
 
 
 def _saved_step(checkpoint: Path) -> int | None:
