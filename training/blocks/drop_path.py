@@ -46,6 +46,14 @@ def key_drop_paths(encoder: nn.Module) -> nn.Module:
     return encoder
 
 
+def set_drop_paths(blocks: nn.Module, probability: float) -> None:
+    """The same probability in all blocks (dinov2's drop_path_uniform); timm's rise from 0."""
+    for number, block in enumerate(blocks.children()):
+        for branch in range(2):
+            layer = KeyedDropPath(probability, 2 * number + branch)
+            setattr(block, f"drop_path{branch + 1}", layer)
+
+
 def set_keys(encoder: nn.Module, ids: Tensor, views: Sequence[int], progress: Progress) -> None:
     """For a forward pass over `views` of samples `ids` (int64 [B]), one view after the other."""
     layers = [module for module in encoder.modules() if isinstance(module, KeyedDropPath)]

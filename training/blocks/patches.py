@@ -55,6 +55,22 @@ def if_even(loss: Tensor, mask: Tensor, removed: int) -> Tensor:
     return torch.where((mask.sum(dim=1) == removed).all(), loss, torch.nan)
 
 
+def as_pictures(
+    prediction: Tensor, pictures: Tensor, rows: int, *, normalized: bool
+) -> tuple[Tensor, str]:
+    """[B, N, P] -> pictures [B, 3, H, W], and what was added to the prediction, in words.
+
+    normalized: the prediction has no mean and deviation of its own, and gets those of the true
+    patches, as SparK `spark.py`, `forward(vis=True)`, has it; MAE's own demonstration shows a model
+    that predicts plain pixels.
+    """
+    if not normalized:
+        return unpatchify(prediction.float(), rows), "as predicted"
+    mean, deviation = patch_moments(patchify(pictures.float(), pictures.shape[2] // rows))
+    shown = unpatchify(prediction.float() * deviation + mean, rows)
+    return shown, "with each patch's true mean and deviation"
+
+
 def mask_over(method: str, mask: Tensor | None, patches: int) -> Tensor:
     """The mask, bool [B, patches]. Raises ConfigError for a batch without one, or another one."""
     if mask is None or mask.ndim != 2 or mask.shape[1] != patches:
