@@ -78,6 +78,19 @@ def test_dino_teacher_starts_as_the_student_and_ends_still() -> None:
         torch.testing.assert_close(value, before[key], rtol=0, atol=1e-8)
 
 
+def test_dino_may_learn_the_lengths_of_prototypes() -> None:
+    changes: dict[str, Any] = {"normalize_prototypes": False, "teacher_momentum": 0.5}
+    method, batch = build("dino", "test_vit", **changes), batch_of("dino")
+    lengths = method.get_parameter("student_head.prototypes.lengths")
+    train_step(method, sgd(method, 1.0), [batch], progress_at(0))
+    assert (lengths - 1).abs().max() > 1e-3
+    followed = method.get_parameter("teacher_head.prototypes.lengths")
+    torch.testing.assert_close(followed, (1 + lengths) / 2)
+    held = build("dino", "test_vit", freeze_last_layer_epochs=1, **changes)
+    train_step(held, sgd(held, 1.0), [batch], progress_at(0))
+    assert (held.get_parameter("student_head.prototypes.lengths") == 1).all()
+
+
 def test_dino_wants_its_global_views_first() -> None:
     recipe = small_recipe("dino")
     for pixels in [(32,), (32, 16, 32), (16, 16, 32)]:
