@@ -636,7 +636,7 @@ def test_kill_9_of_torchrun_ends_the_workers_and_the_run_can_go_on(
 @pytest.mark.slow
 def test_the_script_ends_with_a_sentence_and_an_exit_code(tmp_path: Path) -> None:
     ended = subprocess.run(
-        [sys.executable, str(TRAIN), "--method", "dimo"],
+        [sys.executable, str(TRAIN), "--method", "dinno"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -644,6 +644,6 @@ def test_the_script_ends_with_a_sentence_and_an_exit_code(tmp_path: Path) -> Non
     )
     assert ended.returncode == 2
     assert ended.stdout == ""
-    assert ended.stderr.startswith("error: --method dimo is unknown: did you mean dino?")
+    assert ended.stderr.startswith("error: --method dinno is unknown: did you mean dino?")
     assert ended.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
