@@ -201,7 +201,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Dino
     return Dinov2(objective, make_encoder, facts)
 
 
-_SMALL_VIT = {"img_size": 32, "patch_size": 4, "depth": 4, "embed_dim": 96, "num_heads": 3}
+_SMALL_VIT = {"img_size": 32, "patch_size": 4, "depth": 3, "embed_dim": 64, "num_heads": 2}
 
 PRESETS = {
     "imagenet": Recipe(
@@ -234,9 +234,9 @@ PRESETS = {
         batch_size=128,
         epochs=10,
         objective=Objective(
-            out_dim=1024,
-            hidden_dim=256,
-            bottleneck_dim=64,
+            out_dim=512,
+            hidden_dim=128,
+            bottleneck_dim=32,
             teacher_temperature=0.04,
             warmup_teacher_temperature_epochs=0,
             teacher_momentum=0.99,

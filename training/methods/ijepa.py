@@ -209,7 +209,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Ijep
     return Ijepa(objective, make_encoder, facts.masks[0])
 
 
-_SMALL_VIT = {"img_size": 32, "patch_size": 4, "depth": 4, "embed_dim": 96, "num_heads": 3}
+_SMALL_VIT = {"img_size": 32, "patch_size": 4, "depth": 4, "embed_dim": 64, "num_heads": 2}
 
 PRESETS = {
     "imagenet": Recipe(
@@ -237,12 +237,12 @@ PRESETS = {
         augmentation=recipes.ijepa(32, patch_pixels=4, group=32),
         test=recipes.center(32, 32),
         optim=Optim(
-            learning_rate=1e-3, final_learning_rate=1e-5, warmup_epochs=1, weight_decay=0.04
+            learning_rate=2e-3, final_learning_rate=2e-5, warmup_epochs=1, weight_decay=0.04
         ),
         batch_size=128,
         epochs=10,
         objective=Objective(
-            predictor_dim=48, predictor_depth=2, predictor_heads=3, teacher_momentum=0.99
+            predictor_dim=32, predictor_depth=2, predictor_heads=2, teacher_momentum=0.998
         ),
         notes="Not from the paper: patches of 4 pixels, sized for two CPU cores.",
     ),
