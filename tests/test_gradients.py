@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -89,7 +90,8 @@ def test_an_adversary_steps_first_and_by_its_own_loss() -> None:
     assert {"gradient_norm", "critic_gradient_norm"} <= logged.keys()
 
 
-def test_a_failing_last_phase_undoes_the_first_one() -> None:
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_a_failing_last_phase_undoes_the_first_one(name: Literal["sgd", "adamw", "lars"]) -> None:
     class Failing(Adversarial):
         def objective(
             self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
@@ -98,10 +100,22 @@ def test_a_failing_last_phase_undoes_the_first_one() -> None:
             return {"loss": loss * (float("nan") if progress.phase == MAIN_PHASE else 1.0)}
 
     method = Failing()
-    step, _ = one_step(method, numbers([1.0, 3.0]), replace(PLAIN, momentum=0.9))
-    assert float(method.critic.weight.detach()) == float(method.generator.weight.detach()) == 1.0
-    assert not step.optimizer.state[method.critic.weight]["momentum_buffer"].any()
+    step, _ = one_step(method, numbers([1.0, 3.0]), replace(PLAIN, name=name, momentum=0.9))
+    assert float(method.critic.weight.detach()) == 1.0
+    assert float(method.generator.weight.detach()) == 1.0
+    kept = step.optimizer.state[method.critic.weight]
+    assert kept
+    assert not any(value.any() for value in kept.values())
     assert step.guard.read().failed_step == 1
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_phases_that_succeed_stay(name: Literal["sgd", "adamw", "lars"]) -> None:
+    method = Adversarial()
+    step, _ = one_step(method, numbers([1.0, 3.0]), replace(PLAIN, name=name, momentum=0.9))
+    assert step.guard.read().failed_step is None
+    assert float(method.critic.weight.detach()) != 1.0
+    assert all(value.any() for value in step.optimizer.state[method.critic.weight].values())
 
 
 def test_other_phases_take_no_gradient() -> None:

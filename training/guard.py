@@ -76,6 +76,7 @@ class Guard:
         trained = {p for group in optimizer.param_groups for p in group["params"]}
         self._frozen = [p for p in method.parameters() if p not in trained]
         self._saved: list[Tensor] = []
+        self._saved_moments: dict[tuple[int, str], Tensor] = {}
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self._ids: deque[tuple[int, list[Tensor]]] = deque(maxlen=_HOST_IS_AHEAD_STEPS + 1)
         self.blocked = torch.zeros((), device=world.device)
@@ -86,18 +87,20 @@ class Guard:
     def _state(self) -> list[Tensor]:
         # Asked for anew each time: a method may put another tensor in a buffer's place.
         rows = {memory.rows for memory in self._memories()}
-        moments = [
-            value
-            for parameter in self._early
-            for value in self._optimizer.state[parameter].values()
-            if isinstance(value, Tensor)
-        ]
         return [
             *self._early,
-            *moments,
             *self._frozen,
             *(b for b in self._method.buffers() if b not in rows),
         ]
+
+    def _moments(self) -> dict[tuple[int, str], Tensor]:
+        """What the optimiser keeps of the early phases; some make it in their first step."""
+        return {
+            (place, name): value
+            for place, parameter in enumerate(self._early)
+            for name, value in self._optimizer.state[parameter].items()
+            if isinstance(value, Tensor)
+        }
 
     def _memories(self) -> list[RowMemory]:
         """Too large to copy at every step; they undo their own."""
@@ -108,6 +111,7 @@ class Guard:
         """Before anything of the step changes: copy what no optimiser updates."""
         for memory in self._memories():
             memory.begin_step()
+        self._saved_moments = {key: value.clone() for key, value in self._moments().items()}
         state = self._state()
         if [t.shape for t in state] != [t.shape for t in self._saved]:
             self._saved = [torch.empty_like(tensor) for tensor in state]
@@ -128,6 +132,10 @@ class Guard:
         blocked = self.blocked > 0
         for tensor, saved in zip(self._state(), self._saved, strict=True):
             tensor.copy_(torch.where(blocked, saved, tensor))
+        for key, value in self._moments().items():
+            # What was not there before the step began as zeros.
+            before = self._saved_moments.get(key)
+            value.copy_(torch.where(blocked, 0 if before is None else before, value))
         for memory in self._memories():
             memory.undo(blocked)
         self._ids.append((step, [batch.ids for batch in batches]))
