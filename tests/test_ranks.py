@@ -208,18 +208,20 @@ def test_two_ranks_are_one(name: str, encoder: str, on_two_ranks: Call) -> None:
     """Ten steps over three epochs; and what two ranks began, one continues as if nothing were."""
     method = smooth(build(name, encoder, **drop_path_of(name)))
     recipe = small_recipe(name)
+    # I-JEPA's loss, of normalised features, is flat: ten steps have to move something.
+    rate = 1e-2 if name == "ijepa" else 1e-3
     batches = [uneven(make_batch(recipe.augmentation, 16, seed)) for seed in range(10)]
-    one = train(method, recipe, batches, 0, 1e-3, World())
-    two = on_two_ranks(train, method, recipe, batches, 0, 1e-3)
+    one = train(method, recipe, batches, 0, rate, World())
+    two = on_two_ranks(train, method, recipe, batches, 0, rate)
     assert two[0]["digest"] == two[1]["digest"]
     moved = relative_error(method.state_dict(), one["state"])
-    assert moved > 1e-5, "ten steps that change nothing would agree with anything"
+    assert moved > 1e-4, "ten steps that change nothing would agree with anything"
     for seen in two:
         assert_agrees(seen, one)
-    half = on_two_ranks(train, method, recipe, batches[:6], 0, 1e-3)
+    half = on_two_ranks(train, method, recipe, batches[:6], 0, rate)
     other = copy.deepcopy(method)
     other.load_state_dict(half[0]["state"])
-    rest = train(other, recipe, batches[6:], 6, 1e-3, World())
+    rest = train(other, recipe, batches[6:], 6, rate, World())
     rest["losses"] = torch.cat([half[0]["losses"], rest["losses"]])
     assert_agrees({**rest, "first": half[0]["first"]}, one)
 
