@@ -156,6 +156,14 @@ def test_a_blocked_step_leaves_no_row_behind(kind: type[RowMemory]) -> None:
         assert torch.equal(value, before[key]), key
 
 
+def test_of_a_row_that_is_written_twice_the_first_value_counts() -> None:
+    memory = RowMemory(torch.zeros(3, 1))
+    memory.write(torch.tensor([2, 0, 2, 2]), torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
+    assert memory.rows.flatten().tolist() == [2, 0, 1]
+    memory.undo(torch.tensor(True))
+    assert memory.rows.flatten().tolist() == [0, 0, 0]
+
+
 def test_a_queue_forgets_the_oldest_first() -> None:
     queue = Queue(torch.zeros(6, 1))
     for number in range(1, 5):

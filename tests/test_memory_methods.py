@@ -52,15 +52,6 @@ def test_bank_starts_with_rows_of_length_1_on_average() -> None:
     assert float(rows.abs().max()) <= math.sqrt(3 / 32)
 
 
-def test_first_occurrence_counts_where_a_batch_repeats_a_sample() -> None:
-    once, twice = FeatureBank(4, 3), FeatureBank(4, 3)
-    twice.load_state_dict(once.state_dict())
-    features = unit(torch.randn(3, 3))
-    once.follow(torch.tensor([2, 0]), features[:2], 0.5)
-    twice.follow(torch.tensor([2, 0, 2]), features, 0.5)
-    assert torch.equal(once.memory.rows, twice.memory.rows)
-
-
 def normalizers(method: Method) -> dict[str, Tensor]:
     state = method.state_dict()
     return {key: value.clone() for key, value in state.items() if key.endswith("log_normalizer")}

@@ -28,7 +28,15 @@ class RowMemory(nn.Module):
 
     @torch.no_grad()
     def write(self, numbers: Tensor, values: Tensor) -> None:
-        """Row numbers int64 [n], each once; values [n, *row]. Once or more per step."""
+        """Row numbers int64 [n]; values [n, *row]. Once or more per step.
+
+        Of a row that is there several times (repeated augmentation) the first value counts, so that
+        what is written does not depend on the device's order of writing.
+        """
+        first = (numbers[:, None] == numbers).byte().argmax(dim=1)
+        self._replace(numbers, values[first])
+
+    def _replace(self, numbers: Tensor, values: Tensor) -> None:
         self._overwritten.append((numbers, self.rows[numbers]))
         self.rows[numbers] = values.to(self.rows.dtype)
 
@@ -59,5 +67,5 @@ class Queue(RowMemory):
         if len(self) % len(values):
             raise ValueError(f"{len(values)} rows do not divide a queue of {len(self)}")
         numbers = (self.cursor + torch.arange(len(values), device=values.device)) % len(self)
-        self.write(numbers, values)
+        self._replace(numbers, values)
         self.cursor.copy_((self.cursor + len(values)) % len(self))

@@ -114,13 +114,11 @@ class FeatureBank(nn.Module):
     def follow(self, ids: Tensor, features: Tensor, momentum: float) -> None:
         """row <- momentum * row + (1 - momentum) * feature, made a unit vector again.
 
-        ids: int64 [n], features: unit vectors [n, D], of this rank's samples. Of a sample that the
-        global batch holds several times (repeated augmentation) the first feature counts.
+        ids: int64 [n], features: unit vectors [n, D], of this rank's samples.
         """
         ids, features = gather_rows(ids), gather_rows(features)
         moved = F.normalize(torch.lerp(features, self.memory(ids), momentum), dim=1)
-        first = (ids[:, None] == ids).byte().argmax(dim=1)
-        self.memory.write(ids, moved[first])
+        self.memory.write(ids, moved)
 
 
 def unit(features: Tensor) -> Tensor:
