@@ -32,11 +32,9 @@ from shards.atomic import atomic_file
 from shards.index import ShardError
 from shards.store import Store
 from training import checkpoint
-from training.build import build_method
 from training.checkpoint import CheckpointError
-from training.config import ConfigError, find_method
-from training.evaluation.record import Record, read_record
-from training.method import Facts, Method
+from training.config import ConfigError
+from training.evaluation.record import Record, built_method, read_record
 from training.samples import open_train, open_val
 
 Levels = NDArray[np.float32]
@@ -105,31 +103,7 @@ def trained_method(record: Record, train: Store) -> tuple[Reconstructs, int]:
 
     Raises ConfigError for a method that reconstructs nothing and a run without checkpoint.
     """
-    if "." in record.method and (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # where training found it
-    module = find_method(record.method)
-    facts = Facts(
-        num_classes=len(train.classes),
-        train_samples=len(train),
-        view_pixels=tuple(view.size for view in record.augmentation.flat_views),
-        batch_size=record.batch_size,
-        steps_per_epoch=max(1, len(train) // record.batch_size),
-        total_steps=record.total_steps,
-        init=record.init,
-        mean=record.augmentation.mean,
-        std=record.augmentation.std,
-        masks=tuple(view.mask for view in record.augmentation.flat_views),
-    )
-    objective = module.Objective(**record.objective)
-    method: Method = build_method(
-        record.method,
-        objective,
-        record.backbone,
-        record.backbone_options,
-        facts,
-        record.seed,
-        resumed=True,
-    )
+    method = built_method(record, train, trained=True)
     if not isinstance(method, Reconstructs):
         raise ConfigError(
             f"{record.directory} is a run of {record.method}, which reconstructs no pictures; mae "

@@ -24,7 +24,7 @@ from training.backbones import ENCODER_FILE, read_initial
 from training.build import build_method
 from training.checkpoint import CHECKPOINT_FILE
 from training.config import ConfigError, approximations, find_method
-from training.method import Facts
+from training.method import Facts, Method
 
 CONFIG_FILE = "config.json"
 
@@ -106,7 +106,7 @@ def read_record(run: Path) -> Record:
 
 def untrained_encoder(record: Record, train: Store) -> nn.Module:
     """The encoder as the run began with it: built in the same way from the same seed."""
-    return _built_encoder(record, train, trained=False)
+    return built_method(record, train, trained=False).encoder
 
 
 def trained_encoder(record: Record, train: Store) -> nn.Module:
@@ -123,7 +123,7 @@ def trained_encoder(record: Record, train: Store) -> nn.Module:
             f"checkpoint; --untrained judges the weights that it begins with"
         )
     weights = read_initial(path)
-    encoder = _built_encoder(record, train, trained=True)
+    encoder = built_method(record, train, trained=True).encoder
     try:
         encoder.load_state_dict(weights)
     except RuntimeError as error:
@@ -135,12 +135,13 @@ def trained_encoder(record: Record, train: Store) -> nn.Module:
     return encoder
 
 
-def _built_encoder(record: Record, train: Store, *, trained: bool) -> nn.Module:
-    """The method as the run built it, of which the encoder is kept.
+def built_method(record: Record, train: Store, *, trained: bool) -> Method:
+    """The method as the run built it, whose weights are the seed's.
 
-    Heads and banks exist for a moment and take the memory that they take in training: buffers that
-    no checkpoint holds have their values from being built, so nothing can be left out safely.
-    train: its numbers stand in for what an older record does not tell of the run's own.
+    Heads and banks take the memory that they take in training, also where the encoder alone is
+    wanted: buffers that no checkpoint holds have their values from being built, so nothing can be
+    left out safely. train: its numbers stand in for what an older record does not tell of the
+    run's own. trained: a checkpoint's weights will replace these.
     """
     samples = record.train_samples or len(train)
     if "." in record.method and (here := str(Path.cwd())) not in sys.path:
@@ -167,7 +168,7 @@ def _built_encoder(record: Record, train: Store, *, trained: bool) -> nn.Module:
         facts,
         record.seed,
         resumed=trained,
-    ).encoder
+    )
 
 
 def _saved_step(checkpoint: Path) -> int | None:
