@@ -241,7 +241,7 @@ PRESETS = {
         backbone="test_resnet",
         augmentation=recipes.supervised(32, scale=(0.3, 1.0)),
         test=recipes.center(32, 32),
-        optim=Optim(name="adamw", learning_rate=1e-3, warmup_epochs=0.5, weight_decay=1e-4),
+        optim=Optim(name="adamw", learning_rate=3e-3, warmup_epochs=0.5, weight_decay=1e-4),
         batch_size=128,
         epochs=10,
         objective=Objective(local_stage=-3, hidden_dim=256, prior_hidden_dims=(200, 100)),

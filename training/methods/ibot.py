@@ -225,16 +225,16 @@ PRESETS = {
         augmentation=recipes.ibot(32, 16, 2, local_scale=(0.1, 0.4), patch_pixels=4, blur=False),
         test=recipes.center(32, 32),
         optim=Optim(
-            learning_rate=2e-3, final_learning_rate=2e-5, warmup_epochs=1, weight_decay=0.04
+            learning_rate=4e-3, final_learning_rate=4e-5, warmup_epochs=1, weight_decay=0.04
         ),
-        batch_size=128,
+        batch_size=64,
         epochs=10,
         objective=Objective(
             out_dim=512,
             hidden_dim=128,
             bottleneck_dim=32,
             teacher_patch_temperature=0.04,
-            teacher_momentum=0.99,
+            teacher_momentum=0.98,
             freeze_last_layer_epochs=0,
             drop_path=0.0,
         ),

@@ -239,7 +239,7 @@ PRESETS = {
         optim=Optim(
             learning_rate=2e-3, final_learning_rate=2e-5, warmup_epochs=1, weight_decay=0.04
         ),
-        batch_size=128,
+        batch_size=64,
         epochs=10,
         objective=Objective(
             predictor_dim=32, predictor_depth=2, predictor_heads=2, teacher_momentum=0.998
