@@ -19,6 +19,7 @@ from torchvision.transforms import functional as F
 from pipelines import engines, recipes
 from pipelines.draw import draw
 from pipelines.engines import Engine, SampleError, Work
+from pipelines.engines.device_stage import device_stage
 from pipelines.engines.reference import (
     BATCHES_IN_FLIGHT,
     apply_op,
@@ -403,8 +404,10 @@ def opened() -> Iterator[Callable[..., Engine]]:
     """open_engine, closed at the end of the test."""
     with ExitStack() as stack:
 
-        def open_one(name: str, recipe: Augmentation, threads: int = 2) -> Engine:
-            engine = engines.open_engine(name, recipe, threads=threads)
+        def open_one(
+            name: str, recipe: Augmentation, threads: int = 2, finished: torch.dtype | None = None
+        ) -> Engine:
+            engine = engines.open_engine(name, recipe, threads=threads, finished=finished)
             stack.callback(engine.close)
             return engine
 
@@ -552,6 +555,19 @@ def test_synthetic_batches_have_the_right_shapes_and_fresh_memory(
     assert second.views[0].min() > 0
     assert first.labels.tolist() == list(range(0, 70, 10))
     assert first.masks[0] is not None
+
+
+def test_finished_synthetic_batches_are_as_device_stage_makes_them(
+    opened: Callable[..., Engine], files: list[NDArray[np.uint8]]
+) -> None:
+    recipe = recipes.dino(32, 16, 2)
+    work = work_for(recipe, files)
+    (raw,) = opened("synthetic", recipe).run(iter([work]))
+    (batch,) = opened("synthetic", recipe, finished=torch.float32).run(iter([work]))
+    wanted = device_stage(raw, recipe.mean, recipe.std, device=torch.device("cpu"))
+    for one, other in zip(batch.views, wanted.views, strict=True):
+        assert one.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(one, other)
 
 
 def test_choice_of_an_engine() -> None:

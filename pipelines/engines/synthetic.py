@@ -11,34 +11,42 @@ import torch
 
 from pipelines.batch import Batch
 from pipelines.engines import Approximation, Work
+from pipelines.engines.device_stage import normalize
 from pipelines.recipe import Augmentation
 
 
 class SyntheticEngine:
-    """Constant uint8 views, in fresh memory for each batch as from any engine."""
+    """Constant views, in fresh memory for each batch as from any engine: copies of one sample."""
 
     name = "synthetic"
     approximations: tuple[str, ...] = ()
 
-    def __init__(self, augmentation: Augmentation) -> None:
-        self._sizes = [view.size for view in augmentation.flat_views]
+    def __init__(self, augmentation: Augmentation, finished: torch.dtype | None) -> None:
+        self._samples = [
+            _constant(view.size, (64 + 40 * index) % 256)
+            for index, view in enumerate(augmentation.flat_views)
+        ]
+        if finished is not None:
+            mean, std = augmentation.mean, augmentation.std
+            self._samples = [normalize(one, mean, std, finished) for one in self._samples]
 
     def run(self, work: Iterator[Work]) -> Iterator[Batch]:
         for item in work:
-            yield item.batch(
-                tuple(
-                    _constant(len(item.labels), size, (64 + 40 * index) % 256)
-                    for index, size in enumerate(self._sizes)
-                )
-            )
+            count = len(item.labels)
+            yield item.batch(tuple(_repeated(sample, count) for sample in self._samples))
 
     def close(self) -> None:
         """Nothing is held."""
 
 
-def _constant(samples: int, size: int, value: int) -> torch.Tensor:
-    pixels = torch.full((samples, size, size, 3), value, dtype=torch.uint8)
-    return pixels.permute(0, 3, 1, 2)
+def _constant(size: int, value: int) -> torch.Tensor:
+    """uint8 [1, 3, size, size]."""
+    return torch.full((1, size, size, 3), value, dtype=torch.uint8).permute(0, 3, 1, 2)
+
+
+def _repeated(sample: torch.Tensor, count: int) -> torch.Tensor:
+    """[1, 3, H, W] -> [count, 3, H, W] with channels-last strides."""
+    return sample.permute(0, 2, 3, 1).repeat(count, 1, 1, 1).permute(0, 3, 1, 2)
 
 
 def unsupported(
@@ -51,8 +59,8 @@ def unsupported(
 
 
 def finishes(augmentation: Augmentation, device: torch.device, dtype: torch.dtype) -> bool:  # noqa: ARG001
-    """No: there is nothing to gain."""
-    return False
+    """On a CPU, where a pass over the batch would cost more than `fused` needs to write floats."""
+    return device.type == "cpu" and dtype == torch.float32
 
 
 def open_engine(
@@ -60,8 +68,8 @@ def open_engine(
     *,
     device: torch.device,  # noqa: ARG001  same signature as the other engines'
     threads: int,  # noqa: ARG001
-    finished: torch.dtype | None = None,  # noqa: ARG001  never asked for: see `finishes`
+    finished: torch.dtype | None = None,
     approximate: Collection[Approximation] = (),  # noqa: ARG001  it makes none
 ) -> SyntheticEngine:
-    """A synthetic engine for the recipe's views."""
-    return SyntheticEngine(augmentation)
+    """A synthetic engine for the recipe's views; finished ones are normalised, and no more."""
+    return SyntheticEngine(augmentation, finished)
