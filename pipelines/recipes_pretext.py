@@ -153,10 +153,9 @@ def context_encoder(pixels: int = 128, resize_pixels: int = 350) -> Augmentation
 
 
 def cpc(pixels: int = 128) -> Augmentation:
-    """A grid of overlapping patches: Lightning Bolts' version for ImageNet.
+    """What is cut into overlapping patches: Lightning Bolts' version for ImageNet.
 
     van den Oord et al. 2018; lightning-bolts `cpc/transforms.py`, `CPCTrainTransformsImageNet128`.
-    The method cuts the view into patches of 32 pixels at every 16th, 7 x 7 of them.
     """
     ops = (
         RandomResizedCrop(pixels, (0.3, 1.0), (0.7, 1.4), "bicubic"),
@@ -168,7 +167,8 @@ def cpc(pixels: int = 128) -> Augmentation:
         "cpc",
         (View("view", ops),),
         deviations=(
-            "views of 128 pixels are Lightning Bolts'; the paper cuts patches of 64 pixels at "
-            "every 32nd from crops of 256, and no code of its authors is published",
+            "the crops and the colours are Lightning Bolts', of which it takes 128 pixels; the "
+            "paper crops 256 of 300 pixels and makes them grey, v2 alters each patch by itself, "
+            "and no code of the authors is published",
         ),
     )

@@ -126,6 +126,14 @@ def test_groups_refuse_what_they_cannot_divide() -> None:
     assert ours.eval()(torch.randn(6, 3, 2, 2)).shape == (6, 3, 2, 2)
 
 
+def test_keys_of_one_group_are_refused_for_they_would_share_their_queries_statistics() -> None:
+    x = torch.randn(4, 3, 2, 2)
+    keys = norms_of(nn.BatchNorm2d(3), 4, interleaved=True)
+    with torch.no_grad(), pytest.raises(ConfigError, match="one group for the 4 of a micro-batch"):
+        keys(x)
+    assert norms_of(nn.BatchNorm2d(3), 4, interleaved=False)(x).shape == x.shape
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_other_ranks_leave_groups_as_they_are(device: str) -> None:
     """While every other batch norm comes to span the ranks."""

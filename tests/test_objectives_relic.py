@@ -225,13 +225,17 @@ def test_two_large_views_and_the_whole_batch_are_relic_but_for_the_pairs_with_th
 def test_negatives_are_other_samples_each_once_and_new_in_each_step() -> None:
     method = build("relic_v2", "test_resnet", negatives=10)
     assert isinstance(method, RelicV2)
-    rows = method._compared(64, 64, progress_at(3))
+    targets = torch.zeros(64, 8)
+    rows = method._compared(64, targets, progress_at(3))
     assert rows.shape == (64, 11)
     assert torch.equal(rows[:, 0], torch.arange(64))
     assert all(len(set(row)) == 11 for row in rows.tolist())
-    assert torch.equal(rows, method._compared(64, 64, progress_at(3)))
-    assert not torch.equal(rows, method._compared(64, 64, progress_at(4)))
-    assert method._compared(4, 4, progress_at(0)).shape == (4, 4)  # no more than there are
+    assert torch.equal(rows, method._compared(64, targets, progress_at(3)))
+    assert not torch.equal(rows, method._compared(64, targets, progress_at(4)))
+    assert method._compared(4, targets[:4], progress_at(0)).shape == (
+        4,
+        4,
+    )  # no more than there are
 
 
 def with_masks(name: str = "cifar_masks") -> tuple[Augmentation, Batch]:

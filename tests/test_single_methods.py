@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.tiny_methods import (
     CLASSES,
@@ -190,6 +190,21 @@ def test_supervised_decays_everything_where_asked() -> None:
     assert [group["decay"] for group in method.param_groups()] == [True]
     method = build("supervised", "test_resnet", decay_everything=False)
     assert [group["decay"] for group in method.param_groups()] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["supervised", "deit"])
+def test_tokens_and_positions_see_no_decay(name: str) -> None:
+    method = build(name, "test_vit")
+    with_decay, without = method.param_groups()
+    assert [with_decay["decay"], without["decay"]] == [True, False]
+    encoder: Any = method.encoder
+
+    def holds(group: dict[str, Any], parameter: Tensor) -> bool:
+        return any(each is parameter for each in group["params"])
+
+    for free in (encoder.pos_embed, encoder.cls_token, encoder.norm.weight):
+        assert holds(without, free)
+    assert holds(with_decay, encoder.blocks[0].attn.qkv.weight)
 
 
 def test_simclr_moves_what_it_compares_with() -> None:

@@ -75,8 +75,8 @@ SMALL_OF: dict[str, dict[str, object]] = {
     "npid": {"temperature": 0.3},
     # At 2 the margin has no kink within reach.
     "pair": {"margin": 2.0},
-    "moco": {"batch_norm_group": 8},
-    "pcl": {"batch_norm_group": 8, "clusters": (6, 10), "warmup_epochs": 0},
+    "moco": {"batch_norm_group": 4},
+    "pcl": {"batch_norm_group": 4, "clusters": (6, 10), "warmup_epochs": 0},
     "swav": {"queue_start_epochs": 0, "freeze_prototypes_steps": 1},
     # A tenth of each, or ten steps of one rate lead so far that they magnify rounding.
     "vicreg": {"invariance_weight": 2.5, "variance_weight": 2.5, "covariance_weight": 0.1},

@@ -26,7 +26,8 @@ class GroupedBatchNorm(GlobalBatchNorm):
 
     [n, C] or [n, C, ...] of this rank -> the same shape. Running statistics, for evaluation, follow
     the mean over all groups of their mean and unbiased variance. interleaved: without gradient
-    alone. Raises ConfigError where samples cannot be divided into groups of `size`.
+    alone. Raises ConfigError where the samples of a micro-batch cannot be divided into groups of
+    `size`, or keys would all be in one group, which is then their queries' too.
     """
 
     def __init__(self, norm: _BatchNorm, size: int, *, interleaved: bool) -> None:
@@ -39,11 +40,17 @@ class GroupedBatchNorm(GlobalBatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         samples = len(input) * (world_size() if self.interleaved else 1)
+        held = "a micro-batch" if self.interleaved else "a rank's part of a micro-batch"
         if samples % self.size:
-            held = "the batch" if self.interleaved else "a rank's part of the batch"
             raise ConfigError(
                 f"batch norm in groups of {self.size} samples cannot divide the {samples} of "
                 f"{held}: choose a group or a batch that fits the ranks and --run.accumulate"
+            )
+        if self.interleaved and samples < 2 * self.size:
+            raise ConfigError(
+                f"batch norm in groups of {self.size} samples has one group for the {samples} of "
+                f"{held}, by which a query would know its key: choose a smaller "
+                f"--objective.batch-norm-group or --run.accumulate"
             )
         normalize = self._interleaved if self.interleaved else self._consecutive
         x, mean, variance = normalize(input)
@@ -100,6 +107,15 @@ class GroupedBatchNorm(GlobalBatchNorm):
             torch.addcmul(shift, wide, scale).to(x.dtype),
             mean.mean(dim=0).to(wide.dtype),
             variance.to(wide.dtype),
+        )
+
+
+def require_groups(method: str, batch: int, size: int) -> None:
+    """Raises ConfigError where a batch is not two or more groups, whole ones on each rank."""
+    if batch < 2 * size or batch % (size * world_size()):
+        raise ConfigError(
+            f"{method} needs two or more groups of {size} samples (--objective.batch-norm-group), "
+            f"and whole ones on each of {world_size()} rank(s); the batch is {batch}"
         )
 
 

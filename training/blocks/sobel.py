@@ -23,7 +23,9 @@ class Sobel(nn.Module):
         self.register_buffer("kernels", kernels, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x.mean(dim=1, keepdim=True), self.kernels, padding=1)
+        with torch.autocast(x.device.type, enabled=False):  # sums that cancel
+            grey = x.float().mean(dim=1, keepdim=True)
+            return F.conv2d(grey, self.kernels, padding=1)
 
 
 class SobelEncoder(nn.Module):

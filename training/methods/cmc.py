@@ -189,10 +189,10 @@ PRESETS = {
         epochs=240,
         objective=Objective(),
         notes="Two networks of the backbone's full width, resnet50v2 of the code (v1 are halves). "
-        "Linear 66.2 in the paper, 70.6 with twice the width. The code's weights had 4096 "
-        "negatives, bf16's forerunner O2 and, but for v1, FastAutoAugment (0.8 to 1 point); its "
-        "README expects more of softmax, ycbcr, 65536 negatives and float32, and probes with "
-        "learning rates of 30 to 50.",
+        "Linear about 63 (the code's README); 66.2 in the paper, 70.6 with twice the width. The "
+        "code's weights had 4096 negatives, bf16's forerunner O2 and, but for v1, FastAutoAugment "
+        "(0.8 to 1 point); its README expects more of softmax, ycbcr, 65536 negatives and float32, "
+        "and probes with learning rates of 30 to 50.",
     ),
     "cifar": Recipe(
         backbone="test_resnet",

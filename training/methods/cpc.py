@@ -114,7 +114,6 @@ class ContextBlock(nn.Module):
     def __init__(self, width: int, hidden_dim: int) -> None:
         super().__init__()
         self.deep = nn.Sequential(
-            nn.ReLU(),
             nn.Conv2d(width, hidden_dim, 1),
             nn.ReLU(),
             nn.ZeroPad2d((1, 1, 1, 0)),
@@ -139,6 +138,7 @@ class Cpc(Method):
         self.contexts = nn.ModuleList(
             nn.Sequential(
                 *(ContextBlock(width, options.hidden_dim) for _ in blocks),
+                nn.ReLU(),
                 nn.Conv2d(width, options.steps * out, 1),
             )
             for _ in range(options.directions)
@@ -229,10 +229,11 @@ PRESETS = {
         augmentation=recipes.cpc(256),
         test=recipes.center(256, 288),
         optim=_PATCHES,
-        batch_size=128,
+        batch_size=512,
         epochs=100,
         objective=Objective(64, 32, directions=1, projection_dim=1024),
-        notes="v1: linear 48.7 (paper), there with a pre-activation ResNet-101's three stages.",
+        notes="v1: linear 48.7 (paper), there with a pre-activation ResNet-101's three stages, and "
+        "crops of 256 from 300 pixels, flipped and grey, their patches cropped to 60.",
     ),
     "cifar": Recipe(
         backbone="test_resnet",

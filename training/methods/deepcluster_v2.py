@@ -192,6 +192,7 @@ _STD = recipes.swav().std
 PRESETS = {
     "imagenet": Recipe(
         backbone="resnet50",
+        backbone_options={"zero_init_last": False},
         augmentation=recipes.swav(),
         test=recipes.center(std=_STD),
         optim=Optim(

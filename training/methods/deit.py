@@ -7,7 +7,8 @@ are averaged. It costs the teacher's forward pass and gives a ViT what a ConvNet
 
 The teacher is a run of `--method supervised`, or a timm model with or without a file of weights. It
 sees the same picture as the student, mixed and erased, in its own mean, std and size. A backbone
-without distillation token (a ResNet, a plain ViT) answers both with one classifier, as in the code.
+without distillation token (a ResNet, a plain ViT), which the code refuses, answers both with one
+classifier.
 
 As in the code: the soft loss is divided by the batch and by the number of classes (issues 61, 116,
 134 there), C times smaller than the paper's equation 2; `soft_scale="batch"` gives that one.
@@ -34,6 +35,7 @@ from training.blocks.drop_path import key_drop_paths, set_keys
 from training.blocks.gather import mean_over_ranks
 from training.blocks.heads import feature_dim
 from training.blocks.targets import agreement, cross_entropy, has_label
+from training.blocks.weight_decay import token_free_groups
 from training.config import ConfigError, Optim, Recipe
 from training.method import Facts, MakeEncoder, Method, Progress
 
@@ -159,14 +161,7 @@ class Deit(Method):
         }
 
     def param_groups(self) -> list[dict[str, object]]:
-        undecayed: set[str] = getattr(self.encoder, "no_weight_decay", set)()
-        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        free = [p for name, p in named if p.ndim <= 1 or name.partition(".")[2] in undecayed]
-        kept = {id(p) for p in free}
-        return [
-            {"params": [p for _, p in named if id(p) not in kept], "decay": True},
-            {"params": free, "decay": False},
-        ]
+        return token_free_groups(self, self.encoder)
 
     def exports(self) -> dict[str, dict[str, Tensor]]:
         classifier = with_classifier(self.encoder, *self._heads)
@@ -213,9 +208,9 @@ PRESETS = {
         optim=_DEIT_OPTIM,
         batch_size=1024,
         epochs=300,
-        objective=Objective(teacher="regnety_160"),
-        notes="Hard distillation from a RegNetY-16GF: top-1 83.4 (the code's README), there with "
-        "--data.repeated-augmentation 3 and the authors' teacher.",
+        objective=Objective(teacher="regnety_160.deit_in1k"),
+        notes="Hard distillation from the authors' RegNetY-16GF: top-1 83.4 (the code's README), "
+        "there with --data.repeated-augmentation 3.",
     ),
     "s16_imagenet": Recipe(
         backbone="deit_small_distilled_patch16_224",
@@ -224,7 +219,7 @@ PRESETS = {
         optim=_DEIT_OPTIM,
         batch_size=1024,
         epochs=300,
-        objective=Objective(teacher="regnety_160"),
+        objective=Objective(teacher="regnety_160.deit_in1k"),
         notes="As imagenet: top-1 81.2.",
     ),
     "cifar": Recipe(

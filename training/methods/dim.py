@@ -7,11 +7,11 @@ map is bounded from below by telling pairs of one picture from pairs of two; an 
 summary towards a uniform distribution. One view: cheap, and weaker than what compares views.
 
 The local part sees the map at `local_stage`, the global part that map as one vector. Scores are
-dot products of two embeddings ("encode-and-dot-product" of appendix A.2), of local vectors by a
-1 x 1 network with a layer norm, of the summary by a network with batch norm, as in the code.
-Deviations: pairs are those of the global batch; the global part scores by a dot product too (the
-paper's convolves a concatenation); the prior's discriminator moves first, in a phase of its own,
-and the encoder takes the code's non-saturating loss against it.
+dot products of two embeddings ("encode-and-dot-product" of appendix A.2), which networks of one
+kind make of places and summaries, as in the code. Deviations: pairs are those of the global batch;
+the global part scores by a dot product too (the paper's convolves a concatenation); the prior's
+discriminator moves first, in a phase of its own, without the code's gradient penalty, and the
+encoder takes the code's non-saturating loss against it.
 """
 
 from collections.abc import Mapping
@@ -97,19 +97,21 @@ def deception_loss(summaries: Tensor) -> Tensor:
 
 
 class Scored(nn.Module):
-    """[..., in] -> [..., hidden]: a small network beside a linear shortcut (`mi_networks.py`)."""
+    """[n, in] -> [n, hidden]: a network beside a shortcut, which begins as a noisy copy where that
+    is possible, and a layer norm over both (`mi_networks.py`, `MI1x1ConvNet`)."""
 
-    def __init__(self, in_dim: int, hidden_dim: int, *, places: bool) -> None:
+    def __init__(self, in_dim: int, hidden_dim: int) -> None:
         super().__init__()
-        # Summaries are normalised over the batch, places each by itself, at the end.
         self.deep = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim),
-            *(() if places else (nn.BatchNorm1d(hidden_dim),)),
+            nn.Linear(in_dim, hidden_dim, bias=False),
+            nn.BatchNorm1d(hidden_dim),
             nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim),
         )
-        self.shortcut = nn.Linear(in_dim, hidden_dim)
-        self.norm = nn.LayerNorm(hidden_dim) if places else nn.Identity()
+        self.shortcut = nn.Linear(in_dim, hidden_dim, bias=False)
+        self.norm = nn.LayerNorm(hidden_dim)
+        if hidden_dim >= in_dim:
+            nn.init.uniform_(self.shortcut.weight, -0.01, 0.01).fill_diagonal_(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.deep(x) + self.shortcut(x))
@@ -128,11 +130,11 @@ class Dim(Method):
             channels, *sides = self.eval().look(blank)[0].shape[1:]
         self.train()
         if options.local_weight > 0:
-            self.score_places = Scored(channels, hidden, places=True)
-            self.score_summary = Scored(width, hidden, places=False)
+            self.score_places = Scored(channels, hidden)
+            self.score_summary = Scored(width, hidden)
         if options.global_weight > 0:
-            self.score_map = Scored(channels * sides[0] * sides[1], hidden, places=True)
-            self.score_whole = Scored(width, hidden, places=False)
+            self.score_map = Scored(channels * sides[0] * sides[1], hidden)
+            self.score_whole = Scored(width, hidden)
         if options.prior_weight > 0:
             first, second = options.prior_hidden_dims
             self.discriminator = nn.Sequential(
@@ -163,7 +165,8 @@ class Dim(Method):
         local, summary = self.look(batch.views[0])
         found = {"summary": summary}
         if self.options.local_weight > 0:
-            found["places"] = self.score_places(local.flatten(2).transpose(1, 2))
+            places = local.flatten(2).transpose(1, 2)
+            found["places"] = self.score_places(places.flatten(0, 1)).unflatten(0, places.shape[:2])
             found["by_place"] = self.score_summary(summary)
         if self.options.global_weight > 0:
             found["map"] = self.score_map(local.flatten(1))[:, None]
@@ -176,8 +179,9 @@ class Dim(Method):
         options, summary, rows = self.options, embeddings["summary"], len(batch)
         if progress.phase == PRIOR_PHASE:
             # Of the global batch's uniform samples those of this rank's rows.
-            shape, generator = (world_size() * rows, summary.shape[1]), progress.generator("prior")
-            prior = torch.rand(shape, generator=generator)[rank() * rows :][:rows].to(summary)
+            shape, device = (world_size() * rows, summary.shape[1]), summary.device
+            prior = torch.rand(shape, generator=progress.generator("prior", device), device=device)
+            prior = prior[rank() * rows :][:rows].to(summary.dtype)
             told = self.discriminator(prior), self.discriminator(summary.sigmoid())
             return {"loss": discriminator_loss(*told)}
         found: dict[str, Tensor] = {}
@@ -202,6 +206,8 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Dim:
     """Raises ConfigError for several views, a backbone without maps, or nothing to learn."""
     if len(facts.view_pixels) != 1:
         raise ConfigError(f"dim needs one view, not the {len(facts.view_pixels)} given")
+    if facts.batch_size < 2:
+        raise ConfigError("dim compares pictures of a batch: --data.batch-size 1 holds no pair")
     if max(objective.local_weight, objective.global_weight) <= 0:
         raise ConfigError("dim needs --objective.local-weight or --objective.global-weight above 0")
     try:

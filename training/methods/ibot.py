@@ -8,8 +8,8 @@ DINO's, for the same number of passes.
 As in the code: both centres move after the loss, that of patches over all patches, masked or not;
 temperatures move per epoch; each parameter is clipped alone. Deviations: where the head is shared,
 both networks share it (the code's default lets the teacher alone do so); logits are computed where
-a mask may be, not everywhere, and in float32 under autocast; drop path is keyed by sample; frozen
-prototypes, having no gradient, see no weight decay either. ViTs alone, no Swin.
+a mask may be, not everywhere, and in float32 under autocast; drop path is keyed by sample; timm
+resizes positions with antialiasing for small views. ViTs alone, no Swin.
 """
 
 from collections.abc import Mapping

@@ -234,7 +234,7 @@ PRESETS = {
     "cifar": Recipe(
         backbone="vit_tiny_patch16_224",
         backbone_options=_SMALL_VIT,
-        augmentation=recipes.ijepa(32, patch_pixels=4, group=32),
+        augmentation=recipes.ijepa(32, patch_pixels=4, group=1),
         test=recipes.center(32, 32),
         optim=Optim(
             learning_rate=2e-3, final_learning_rate=2e-5, warmup_epochs=1, weight_decay=0.04
@@ -242,7 +242,7 @@ PRESETS = {
         batch_size=64,
         epochs=10,
         objective=Objective(
-            predictor_dim=32, predictor_depth=2, predictor_heads=2, teacher_momentum=0.998
+            32, predictor_depth=2, predictor_heads=2, teacher_momentum=0.998, context_share=0.6
         ),
         notes="Not from the paper: patches of 4 pixels, sized for two CPU cores.",
     ),

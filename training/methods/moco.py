@@ -30,11 +30,11 @@ from torch.nn import functional as F
 
 from pipelines import recipes
 from pipelines.batch import Batch
-from training.blocks.gather import gather_rows, gather_with_gradient, rank, world_size
+from training.blocks.gather import gather_rows, gather_with_gradient, rank
 from training.blocks.heads import feature_dim
 from training.blocks.info_nce import batch_info_nce, queue_info_nce
 from training.blocks.memory import Queue, RowMemory
-from training.blocks.norm_groups import group_norms
+from training.blocks.norm_groups import group_norms, require_groups
 from training.blocks.teacher import follow, start_equal
 from training.config import ConfigError, Optim, Recipe
 from training.method import Facts, MakeEncoder, Method, Progress
@@ -186,12 +186,8 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Moco
         )
     method = Moco(objective, make_encoder, facts.train_samples)
     norms = group_norms(method.encoder, group, interleaved=False) if group else 0
-    if norms and (batch < 2 * group or batch % (group * world_size())):
-        raise ConfigError(
-            f"moco needs two or more groups of {group} samples (--objective.batch-norm-group), and "
-            f"whole ones on each of {world_size()} rank(s); the batch is {batch}"
-        )
     if norms:
+        require_groups("moco", batch, group)
         group_norms(method.key_encoder, group, interleaved=True)
     return method
 
@@ -202,7 +198,7 @@ _V1_RECIPE = Recipe(
     backbone="resnet50",
     backbone_options={"zero_init_last": False},
     augmentation=recipes.moco_v1(),
-    test=recipes.center(),
+    test=recipes.center(interpolation="bilinear"),
     optim=replace(_SGD, schedule="steps", milestones=(0.6, 0.8)),  # epochs 120 and 160
     batch_size=256,
     epochs=200,

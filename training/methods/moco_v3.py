@@ -168,7 +168,7 @@ PRESETS = {
     "imagenet": Recipe(
         backbone="vit_base_patch16_224",
         augmentation=recipes.moco_v3(),
-        test=recipes.center(),
+        test=recipes.center(interpolation="bilinear"),
         optim=_VIT,
         batch_size=4096,
         epochs=300,
@@ -179,7 +179,7 @@ PRESETS = {
         backbone="vit_small_patch16_224",
         backbone_options={"num_heads": 12},  # timm has 6
         augmentation=recipes.moco_v3(),
-        test=recipes.center(),
+        test=recipes.center(interpolation="bilinear"),
         optim=_VIT,
         batch_size=4096,
         epochs=300,
@@ -189,7 +189,7 @@ PRESETS = {
     "resnet50_imagenet": Recipe(
         backbone="resnet50",
         augmentation=recipes.moco_v3(crop_min=0.2),
-        test=recipes.center(),
+        test=recipes.center(interpolation="bilinear"),
         optim=Optim(name="lars", learning_rate=0.6, warmup_epochs=10, weight_decay=1e-6),
         batch_size=4096,
         epochs=100,

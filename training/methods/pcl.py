@@ -29,7 +29,7 @@ from training.blocks.heads import feature_dim
 from training.blocks.info_nce import queue_info_nce
 from training.blocks.kmeans import cluster_sums, kmeans, table_by_id, whole_share
 from training.blocks.memory import Queue, RowMemory
-from training.blocks.norm_groups import group_norms
+from training.blocks.norm_groups import group_norms, require_groups
 from training.blocks.teacher import follow, start_equal
 from training.config import ConfigError, Optim, Recipe
 from training.method import Context, Facts, MakeEncoder, Method, Progress
@@ -204,8 +204,8 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Pcl:
     need(0 < most <= samples, f"clusterings into 1 to {samples} clusters (--objective.clusters)")
     need(queue >= batch and queue % batch == 0, f"a queue of {batch} keys or a multiple of that")
     method, group = Pcl(objective, make_encoder, samples), objective.batch_norm_group
-    if group:
-        group_norms(method.encoder, group, interleaved=False)
+    if group and group_norms(method.encoder, group, interleaved=False):
+        require_groups("pcl", batch, group)
         group_norms(method.key_encoder, group, interleaved=True)
     return method
 

@@ -163,19 +163,20 @@ class RelicV2(Method):
         outputs = relic_v2_loss(
             embeddings["prediction"],
             targets,
-            self._compared(len(batch), len(targets), progress).to(targets.device),
+            self._compared(len(batch), targets, progress),
             temperature=self.options.temperature,
             contrast_weight=self.options.contrast_weight,
             invariance_weight=self.options.invariance_weight,
         )
         return {**outputs, "spread": spread(embeddings["target"])}
 
-    def _compared(self, samples: int, everyone: int, progress: Progress) -> Tensor:
-        """int64 [samples, 1 + K]: rows in the whole batch of this rank's samples and negatives."""
-        generator = progress.generator("negatives")
+    def _compared(self, samples: int, targets: Tensor, progress: Progress) -> Tensor:
+        """int64 [samples, 1 + K]: rows of `targets` of this rank's samples, and their negatives."""
+        generator, everyone = progress.generator("negatives"), len(targets)
         distances = torch.randperm(everyone - 1, generator=generator)[: self.options.negatives] + 1
-        own = rank() * samples + torch.arange(samples)
-        return (own[:, None] + torch.cat([distances.new_zeros(1), distances])) % everyone
+        steps = torch.cat([distances.new_zeros(1), distances]).to(targets.device, non_blocking=True)
+        own = rank() * samples + torch.arange(samples, device=targets.device)
+        return (own[:, None] + steps) % everyone
 
     def after_step(
         self,

@@ -115,7 +115,7 @@ _RAW = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 PRESETS = {
     "imagenet": Recipe(
         backbone="resnet50",
-        augmentation=recipes.simclr(),
+        augmentation=recipes.simclr(additive_brightness=True),
         test=recipes.center(mean=_RAW[0], std=_RAW[1]),
         optim=Optim(name="lars", learning_rate=0.3, warmup_epochs=10, weight_decay=1e-6),
         batch_size=4096,
@@ -142,7 +142,7 @@ PRESETS = {
         batch_size=256,
         epochs=10,
         objective=Objective(temperature=0.5),
-        notes="The paper's augmentation and temperature for CIFAR-10 (appendix B.9); the network "
-        "and the length are sized for two CPU cores.",
+        notes="The paper's augmentation and temperature for CIFAR-10 (appendix B.9), with v2's "
+        "brightness; the network and the length are sized for two CPU cores.",
     ),
 }

@@ -19,6 +19,7 @@ from training.blocks.drop_path import key_drop_paths, set_keys
 from training.blocks.gather import mean_over_ranks
 from training.blocks.heads import feature_dim
 from training.blocks.targets import agreement, cross_entropy, has_label
+from training.blocks.weight_decay import token_free_groups
 from training.config import ConfigError, Optim, Recipe
 from training.method import Facts, MakeEncoder, Method, Progress
 
@@ -69,7 +70,7 @@ class Supervised(Method):
     def param_groups(self) -> list[dict[str, object]]:
         if self.options.decay_everything:
             return [{"params": list(self.parameters()), "decay": True}]
-        return super().param_groups()
+        return token_free_groups(self, self.encoder)
 
     def exports(self) -> dict[str, dict[str, Tensor]]:
         classifier = with_classifier(self.encoder, self.classifier)
@@ -140,6 +141,7 @@ PRESETS = {
             learning_rate=2.5e-4,
             final_learning_rate=2.5e-6,
             warmup_epochs=5,
+            warmup_from=2.5e-7,
             weight_decay=0.05,
         ),
         batch_size=1024,

@@ -166,6 +166,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> SwAV
 _STD = recipes.swav().std
 _IMAGENET = Recipe(
     backbone="resnet50",
+    backbone_options={"zero_init_last": False},
     augmentation=recipes.swav(),
     test=recipes.center(std=_STD),
     optim=Optim(
@@ -187,6 +188,7 @@ PRESETS = {
     "imagenet": _IMAGENET,
     "small_batch_imagenet": Recipe(
         backbone="resnet50",
+        backbone_options=_IMAGENET.backbone_options,
         augmentation=recipes.swav(),
         test=_IMAGENET.test,
         optim=Optim(
