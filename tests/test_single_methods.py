@@ -202,7 +202,7 @@ def test_tokens_and_positions_see_no_decay(name: str) -> None:
     def holds(group: dict[str, Any], parameter: Tensor) -> bool:
         return any(each is parameter for each in group["params"])
 
-    for free in (encoder.pos_embed, encoder.cls_token, encoder.norm.weight):
+    for free in (encoder.pos_embed, encoder.cls_token, encoder.blocks[0].norm1.weight):
         assert holds(without, free)
     assert holds(with_decay, encoder.blocks[0].attn.qkv.weight)
 
