@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tests.objective_checks import Array, assert_same, differs, value_and_gradient
 from tests.tiny_methods import batch_of, build, finished, progress_at, small_recipe
 from training.methods.cpc import ContextBlock, GridEncoder, directed, prediction_loss
-from training.methods.dim import deception_loss, discriminator_loss, information_loss
+from training.methods.dim import Scored, deception_loss, discriminator_loss, information_loss
 
 # ---- DIM: eq. 2, 4 and 5 of arXiv 1808.06670; DIM `dim_losses.py` (fenchel_dual_loss, nce_loss,
 # donsker_varadhan_loss) and `gan_losses.py` (get_positive_expectation, get_negative_expectation)
@@ -129,6 +129,13 @@ def test_dim_global_and_local_build_what_they_need(weights: tuple[float, float])
     assert {name for name in ("global", "local") if name in outputs} == {
         name for name, weight in zip(("global", "local"), weights, strict=True) if weight > 0
     }
+
+
+def test_dim_scores_begin_with_a_noisy_copy_where_there_is_room() -> None:
+    for width, hidden in ((3, 8), (8, 8), (8, 3)):
+        weight = Scored(width, hidden).shortcut.weight.detach()
+        near = weight - torch.eye(hidden, width)
+        assert (float(near.abs().max()) <= 0.01) == (hidden >= width)
 
 
 # ---- CPC: eq. 4 of arXiv 1807.03748; Lightning Bolts' CPCTask, compute_loss_h

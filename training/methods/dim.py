@@ -111,7 +111,8 @@ class Scored(nn.Module):
         self.shortcut = nn.Linear(in_dim, hidden_dim, bias=False)
         self.norm = nn.LayerNorm(hidden_dim)
         if hidden_dim >= in_dim:
-            nn.init.uniform_(self.shortcut.weight, -0.01, 0.01).fill_diagonal_(1)
+            nn.init.uniform_(self.shortcut.weight, -0.01, 0.01)
+            self.shortcut.weight.data.fill_diagonal_(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.deep(x) + self.shortcut(x))
