@@ -175,7 +175,7 @@ def test_methods_are_judged_beside_their_baselines() -> None:
     little = {"knn": 1, "linear": 40.5}
     lines = [
         method("byol", 0, trained={"knn": 20.0, "linear": 45.0}),  # an earlier measurement
-        *(method("byol", seed) for seed in range(3)),
+        *(method("byol", seed, images_per_second=1234.5 - 100 * seed) for seed in range(3)),
         *(method("mae", seed, judged_by="linear", trained=little) for seed in range(2)),
         method("raw pixels, 32 px", None, samples=0),
         {"name": "deit", "seed": 0, "samples": 100_000, "status": "failed", "error": "no teacher"},

@@ -222,7 +222,8 @@ def methods_section(lines: Sequence[Line]) -> str:
         f"of the same seeds by more than 1 point and more than twice the pooled deviation over "
         f"seeds. {seen} samples seen of {images}, judged on the whole set. "
         f"Images/s of one process with {last['threads']} "
-        f"thread{'s' if last['threads'] > 1 else ''}{beside}, MB its largest resident set."
+        f"thread{'s' if last['threads'] > 1 else ''}{beside}, the fastest seed's; MB its largest "
+        f"resident set."
     )
     return "\n\n".join([markdown(_filled(table(lines))), f"{note} {_where(last)}"])
 
