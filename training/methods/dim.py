@@ -251,7 +251,9 @@ PRESETS = {
         optim=Optim(name="adamw", learning_rate=3e-3, warmup_epochs=0.5, weight_decay=1e-4),
         batch_size=128,
         epochs=10,
-        objective=Objective(local_stage=-3, hidden_dim=256, prior_hidden_dims=(200, 100)),
-        notes="Not from the paper: for two CPU cores.",
+        objective=Objective(
+            global_weight=1.0, local_stage=-4, hidden_dim=256, prior_hidden_dims=(200, 100)
+        ),
+        notes="Not from the paper: both parts, local ones of 8 x 8 places; for two CPU cores.",
     ),
 }
