@@ -11,7 +11,8 @@ The authors published no code for images; Lightning Bolts' `CPCTask` is the clos
 targets are a linear map of the embeddings, both sides carry gradient, scores are scaled by 0.1.
 Deviations: a linear map per distance as in the paper (Bolts has one for all); `negatives` patches
 are drawn from the global batch for all predictions of a step (0: all of its patches); pictures are
-augmented as a whole, not patch by patch as in v2; the mean over distances and directions.
+augmented as a whole, not patch by patch as in v2; the mean over distances and directions; a block
+of the context begins with a ReLU, of which v2 has one after the last block instead.
 
 The judged encoder gives the mean over a picture's patches; its weights are a timm model's.
 """
@@ -114,6 +115,7 @@ class ContextBlock(nn.Module):
     def __init__(self, width: int, hidden_dim: int) -> None:
         super().__init__()
         self.deep = nn.Sequential(
+            nn.ReLU(),
             nn.Conv2d(width, hidden_dim, 1),
             nn.ReLU(),
             nn.ZeroPad2d((1, 1, 1, 0)),
@@ -138,7 +140,6 @@ class Cpc(Method):
         self.contexts = nn.ModuleList(
             nn.Sequential(
                 *(ContextBlock(width, options.hidden_dim) for _ in blocks),
-                nn.ReLU(),
                 nn.Conv2d(width, options.steps * out, 1),
             )
             for _ in range(options.directions)
