@@ -70,8 +70,8 @@ SMALL_OF: dict[str, dict[str, object]] = {
     # Whitened in as many dimensions as there are pictures, all are equally far from each other.
     "deepcluster": {"pca_dim": 8},
     "cpc": {"patch_pixels": 16, "stride_pixels": 8, "steps": 2},
-    # Scores are sums over the width, and steep ones magnify rounding.
-    "dim": {"hidden_dim": 8},
+    # Scores are sums over the width, and steep ones magnify rounding. Maps of any size.
+    "dim": {"hidden_dim": 8, "local_stage": -3, "global_weight": 0.0},
     "npid": {"temperature": 0.3},
     # At 2 the margin has no kink within reach.
     "pair": {"margin": 2.0},
