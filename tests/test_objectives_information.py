@@ -10,7 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.objective_checks import Array, assert_same, differs, value_and_gradient
-from tests.tiny_methods import batch_of, build, finished, progress_at, small_recipe
+from tests.tiny_methods import (
+    batch_of,
+    build,
+    finished,
+    module_of,
+    progress_at,
+    small_recipe,
+)
+from training.backbones import EncoderFactory
+from training.config import ConfigError
+from training.method import Facts
 from training.methods.cpc import ContextBlock, GridEncoder, directed, prediction_loss
 from training.methods.dim import Scored, deception_loss, discriminator_loss, information_loss
 
@@ -129,6 +139,16 @@ def test_dim_global_and_local_build_what_they_need(weights: tuple[float, float])
     assert {name for name in ("global", "local") if name in outputs} == {
         name for name, weight in zip(("global", "local"), weights, strict=True) if weight > 0
     }
+
+
+def test_dim_refuses_what_holds_no_pair() -> None:
+    module, objective = module_of("dim"), small_recipe("dim").objective
+    factory = EncoderFactory("test_resnet", {})
+    with pytest.raises(ConfigError, match="batch-size 1 holds no pair"):
+        module.build(objective, factory, Facts(0, 64, (32,), 1, 64, 320))
+    nothing = replace(objective, local_weight=0.0, global_weight=0.0)
+    with pytest.raises(ConfigError, match="global-weight above 0"):
+        module.build(nothing, factory, Facts(0, 64, (32,), 16, 4, 20))
 
 
 def test_dim_scores_begin_with_a_noisy_copy_where_there_is_room() -> None:

@@ -336,6 +336,7 @@ def test_pcl_keys_come_after_the_average_and_enter_the_queue_after_the_loss() ->
         ({"clusters": ()}, "pcl needs clusterings into 1 to 64"),
         ({"queue_size": 24}, "pcl needs a queue of 16 keys or a multiple"),
         ({"queue_size": 0}, "pcl needs a queue"),
+        ({"batch_norm_group": 16}, "pcl needs two or more groups of 16 samples"),
     ],
 )
 def test_pcl_refuses_what_does_not_fit(changes: dict[str, Any], message: str) -> None:
