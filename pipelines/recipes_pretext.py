@@ -167,8 +167,8 @@ def cpc(pixels: int = 128) -> Augmentation:
         "cpc",
         (View("view", ops),),
         deviations=(
-            "the crops and the colours are Lightning Bolts', of which it takes 128 pixels; the "
-            "paper crops 256 of 300 pixels and makes them grey, v2 alters each patch by itself, "
-            "and no code of the authors is published",
+            "crops of 128 pixels and their colours are Lightning Bolts'; the paper cuts patches of "
+            "64 pixels from grey crops of 256, v2 alters each patch by itself, and no code of "
+            "their authors is published",
         ),
     )

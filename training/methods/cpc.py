@@ -11,10 +11,8 @@ The authors published no code for images; Lightning Bolts' `CPCTask` is the clos
 targets are a linear map of the embeddings, both sides carry gradient, scores are scaled by 0.1.
 Deviations: a linear map per distance as in the paper (Bolts has one for all); `negatives` patches
 are drawn from the global batch for all predictions of a step (0: all of its patches); pictures are
-augmented as a whole, not patch by patch as in v2; the mean over distances and directions; a block
-of the context begins with a ReLU, of which v2 has one after the last block instead.
-
-The judged encoder gives the mean over a picture's patches; its weights are a timm model's.
+augmented as a whole, not by patches as in v2; the loss is a mean; a context's blocks begin with a
+ReLU (v2: one after the last). The judged encoder gives the mean over a picture's patches.
 """
 
 from collections.abc import Mapping

@@ -6,12 +6,10 @@ Hjelm et al. 2019, "Learning deep representations by mutual information estimati
 map is bounded from below by telling pairs of one picture from pairs of two; an adversary pulls the
 summary towards a uniform distribution. One view: cheap, and weaker than what compares views.
 
-The local part sees the map at `local_stage`, the global part that map as one vector. Scores are
-dot products of two embeddings ("encode-and-dot-product" of appendix A.2), which networks of one
-kind make of places and summaries, as in the code. Deviations: pairs are those of the global batch;
-the global part scores by a dot product too (the paper's convolves a concatenation); the prior's
-discriminator moves first, in a phase of its own, without the code's gradient penalty, and the
-encoder takes the code's non-saturating loss against it.
+The local part sees the map at `local_stage`, the global part that map as one vector; scores are
+dot products of two embeddings (appendix A.2), as in the code. Deviations: pairs are those of the
+global batch; the global part too scores by dot products (the paper's convolves a concatenation);
+the discriminator moves first, in a phase of its own, without the code's gradient penalty.
 """
 
 from collections.abc import Mapping
@@ -97,8 +95,7 @@ def deception_loss(summaries: Tensor) -> Tensor:
 
 
 class Scored(nn.Module):
-    """[n, in] -> [n, hidden]: a network beside a shortcut, which begins as a noisy copy where that
-    is possible, and a layer norm over both (`mi_networks.py`, `MI1x1ConvNet`)."""
+    """[n, in] -> [n, hidden]: a network beside a noisy copy, normed (code's `MI1x1ConvNet`)."""
 
     def __init__(self, in_dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -127,8 +124,7 @@ class Dim(Method):
         self.encoder = make_encoder()
         width, hidden = feature_dim(self.encoder), options.hidden_dim
         with torch.no_grad():
-            blank = torch.zeros(1, 3, pixels, pixels)
-            channels, *sides = self.eval().look(blank)[0].shape[1:]
+            channels, *sides = self.eval().look(torch.zeros(1, 3, pixels, pixels))[0].shape[1:]
         self.train()
         if options.local_weight > 0:
             self.score_places = Scored(channels, hidden)
@@ -185,17 +181,15 @@ class Dim(Method):
             prior = prior[rank() * rows :][:rows].to(summary.dtype)
             told = self.discriminator(prior), self.discriminator(summary.sigmoid())
             return {"loss": discriminator_loss(*told)}
-        found: dict[str, Tensor] = {}
-        loss = summary.new_zeros((), dtype=torch.float32)
+        found, loss = dict[str, Tensor](), summary.new_zeros((), dtype=torch.float32)
         for name, weight, places, by in (
             ("local", options.local_weight, "places", "by_place"),
             ("global", options.global_weight, "map", "by_map"),
         ):
             if weight > 0:
                 everyone = gather_with_gradient(embeddings[places])
-                found[name] = information_loss(
-                    everyone, embeddings[by], rank() * rows, options.measure
-                )
+                pairs = everyone, embeddings[by], rank() * rows, options.measure
+                found[name] = information_loss(*pairs)
                 loss = loss + weight * found[name]
         if options.prior_weight > 0:
             found["deception"] = deception_loss(self.discriminator(summary.sigmoid()))
@@ -214,9 +208,8 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Dim:
     try:
         return Dim(objective, make_encoder, facts.view_pixels[0])
     except (AttributeError, IndexError) as error:
-        raise ConfigError(
-            f"dim needs a backbone with feature maps, --objective.local-stage among them: {error}"
-        ) from error
+        said = "dim needs a backbone with feature maps, --objective.local-stage among them"
+        raise ConfigError(f"{said}: {error}") from error
 
 
 _LOCAL = Recipe(
@@ -241,9 +234,7 @@ _GLOBAL = Objective("jsd", global_weight=1.0, local_weight=0.0, prior_weight=1.0
 
 PRESETS = {
     "imagenet": _LOCAL,
-    "global_imagenet": replace(
-        _LOCAL, objective=_GLOBAL, notes="DIM(G) with the Jensen-Shannon bound; as imagenet."
-    ),
+    "global_imagenet": replace(_LOCAL, objective=_GLOBAL, notes="DIM(G) with JSD; as imagenet."),
     "cifar": Recipe(
         backbone="test_resnet",
         augmentation=recipes.supervised(32, scale=(0.3, 1.0)),
@@ -254,6 +245,6 @@ PRESETS = {
         objective=Objective(
             global_weight=1.0, local_stage=-4, hidden_dim=256, prior_hidden_dims=(200, 100)
         ),
-        notes="Not from the paper: both parts, local ones of 8 x 8 places; for two CPU cores.",
+        notes="Not from the paper: both parts, 8 x 8 places; for two CPU cores.",
     ),
 }

@@ -7,10 +7,9 @@ Sinkhorn-Knopp or a centre balances, and KoLeo, which spreads the batch. Costs a
 As in the code: centres move after the loss, that of patches over masked ones alone; backbone and
 heads are clipped each as a whole; deeper layers learn slower. Deviations: KoLeo and Sinkhorn-Knopp
 look at the batch of all ranks (the code's KoLeo at one GPU's); logits are computed where a mask may
-be, and in float32 under autocast; drop path's coins are independent and keyed by sample (the code
-drops a fixed share of a batch); frozen prototypes gather no moments; timm resizes positions with
-antialiasing for small views; patches are centred by their mean over all ranks, not the mean of the
-ranks' means. Epochs are passes over the data set; the code's are 1250 steps.
+be, and in float32 under autocast; drop path is keyed by sample (the code drops a
+fixed share of a batch); frozen prototypes gather no moments; timm resizes positions with antialias
+for small views; a centre is the mean over all ranks' patches. Epochs are passes over the data set.
 """
 
 from collections.abc import Mapping
