@@ -1,6 +1,6 @@
 """From shards to batches on the device: order, plan, engine, loader.
 
-    from pipelines import open_loader
+    from headrace.pipelines import open_loader
 
 A recipe (`recipe`, `recipes`) says what may happen to a picture, `order` which samples a batch
 holds, `plan` draws every random number of it, an engine (`engines`) makes the pixels, and `loader`
@@ -10,15 +10,15 @@ runs the four ahead of training. No method and no model is known here.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipelines.loader import Loader, LoaderError, open_loader
+    from headrace.pipelines.loader import Loader, LoaderError, open_loader
 
 __all__ = ["Loader", "LoaderError", "open_loader"]
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when asked for: `pipelines.recipe` is to be imported without torch.
+    # Loaded when asked for: `headrace.pipelines.recipe` is to be imported without torch.
     if name in __all__:
-        from pipelines import loader
+        from headrace.pipelines import loader
 
         return getattr(loader, name)
     raise AttributeError(f"module 'pipelines' has no attribute {name!r}")

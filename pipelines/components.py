@@ -12,12 +12,12 @@ from itertools import tee
 
 import torch
 
-from pipelines.batch import Batch
-from pipelines.engines import Engine, SampleError, Work, open_engine
-from pipelines.plan import Plan, ViewPlan
-from pipelines.recipe import GEOMETRY, Augmentation, Flip, View
-from shards.component import open_component
-from shards.store import Store
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.engines import Engine, SampleError, Work, open_engine
+from headrace.pipelines.plan import Plan, ViewPlan
+from headrace.pipelines.recipe import GEOMETRY, Augmentation, Flip, View
+from headrace.shards.component import open_component
+from headrace.shards.store import Store
 
 _MOVING = (*GEOMETRY, Flip)  # ops that say where a pixel goes, and nothing of its colour
 

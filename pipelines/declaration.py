@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from pipelines.recipe import (
+from headrace.pipelines.recipe import (
     Augmentation,
     Distribution,
     Draw,

@@ -23,7 +23,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.counters import (
+from headrace.pipelines.counters import (
     EPOCH_LIMIT,
     ID_LIMIT,
     OCCURRENCE_LIMIT,
@@ -31,13 +31,13 @@ from pipelines.counters import (
     Kind,
     PlanError,
 )
-from pipelines.draw_masks import mask
-from pipelines.draw_mix import declared_draw, erase, mix
-from pipelines.geometry import resized_sizes
-from pipelines.noise import normals
-from pipelines.philox import uniforms
-from pipelines.plan import Plan, ViewPlan
-from pipelines.recipe import (
+from headrace.pipelines.draw_masks import mask
+from headrace.pipelines.draw_mix import declared_draw, erase, mix
+from headrace.pipelines.geometry import resized_sizes
+from headrace.pipelines.noise import normals
+from headrace.pipelines.philox import uniforms
+from headrace.pipelines.plan import Plan, ViewPlan
+from headrace.pipelines.recipe import (
     RAND_AUGMENT_OPERATIONS,
     Augmentation,
     CenterCrop,
@@ -55,7 +55,7 @@ from pipelines.recipe import (
     Solarize,
     View,
 )
-from pipelines.source import Source, below, between
+from headrace.pipelines.source import Source, below, between
 
 PLAN_VERSION = 1  # moves when equal inputs would give other draws
 

@@ -11,10 +11,10 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.counters import Kind
-from pipelines.masks import BlockMask, Mask, MultiBlockMask, RandomMask, block_size
-from pipelines.philox import uniforms
-from pipelines.source import Source
+from headrace.pipelines.counters import Kind
+from headrace.pipelines.masks import BlockMask, Mask, MultiBlockMask, RandomMask, block_size
+from headrace.pipelines.philox import uniforms
+from headrace.pipelines.source import Source
 
 _BLOCK_ATTEMPTS = 128  # blocks that one sample may try; BEiT's 75 of 196 patches take 11, seldom 30
 _FAILURES_IN_A_ROW = 10

@@ -7,11 +7,11 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.counters import Kind
-from pipelines.noise import normals
-from pipelines.philox import uniforms
-from pipelines.recipe import Draw, Integers, Mix, Permutation, RandomErasing, Uniform
-from pipelines.source import Source, below, between
+from headrace.pipelines.counters import Kind
+from headrace.pipelines.noise import normals
+from headrace.pipelines.philox import uniforms
+from headrace.pipelines.recipe import Draw, Integers, Mix, Permutation, RandomErasing, Uniform
+from headrace.pipelines.source import Source, below, between
 
 _ERASE_ATTEMPTS = 10
 _BLOCKS_PER_BOX = 1 + _ERASE_ATTEMPTS  # a colour, then attempts at a place

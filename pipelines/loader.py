@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines import engines
-from pipelines.batch import Batch
-from pipelines.components import open_components
-from pipelines.differences import differences, plain
-from pipelines.draw import PLAN_VERSION
-from pipelines.order import Order, OrderError, Part, Shuffle
-from pipelines.recipe import Augmentation
-from pipelines.stream import LoaderError, Place, Stream, Worker, receive
-from pipelines.table import Table, make_table
-from shards.store import Store
+from headrace.pipelines import engines
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.components import open_components
+from headrace.pipelines.differences import differences, plain
+from headrace.pipelines.draw import PLAN_VERSION
+from headrace.pipelines.order import Order, OrderError, Part, Shuffle
+from headrace.pipelines.recipe import Augmentation
+from headrace.pipelines.stream import LoaderError, Place, Stream, Worker, receive
+from headrace.pipelines.table import Table, make_table
+from headrace.shards.store import Store
 
 __all__ = [
     "Loader",

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import assert_never
 
-from pipelines.ops import require, require_probability, require_range
+from headrace.pipelines.ops import require, require_probability, require_range
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipelines.counters import EPOCH_LIMIT, ID_LIMIT, OCCURRENCE_LIMIT, SEED_LIMIT, Kind
-from pipelines.permutation import permute
+from headrace.pipelines.counters import EPOCH_LIMIT, ID_LIMIT, OCCURRENCE_LIMIT, SEED_LIMIT, Kind
+from headrace.pipelines.permutation import permute
 
 ORDER_VERSION = 1
 

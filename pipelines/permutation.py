@@ -11,8 +11,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.counters import Kind, Scope, counters, owners
-from pipelines.philox import words
+from headrace.pipelines.counters import Kind, Scope, counters, owners
+from headrace.pipelines.philox import words
 
 _ROUNDS = 10
 _ROUNDS_PER_BLOCK = 2  # a round takes a 64-bit key, a block of Philox gives two

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.counters import PlanError
+from headrace.pipelines.counters import PlanError
 
 _FILE_FORMAT = 1
 

@@ -13,8 +13,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from pipelines.masks import BlockMask, Mask, MultiBlockMask, RandomMask, require_fit
-from pipelines.ops import (
+from headrace.pipelines.masks import BlockMask, Mask, MultiBlockMask, RandomMask, require_fit
+from headrace.pipelines.ops import (
     GEOMETRY,
     RAND_AUGMENT_OPERATIONS,
     CenterCrop,

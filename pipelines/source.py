@@ -6,9 +6,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.counters import Kind, Scope, counters, owners
-from pipelines.ops import DrawScope
-from pipelines.philox import uniforms, words
+from headrace.pipelines.counters import Kind, Scope, counters, owners
+from headrace.pipelines.ops import DrawScope
+from headrace.pipelines.philox import uniforms, words
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines import engines
-from pipelines.batch import Batch
-from pipelines.components import with_components
-from pipelines.draw import draw
-from pipelines.engines.device_stage import device_stage
-from pipelines.order import Order, rank_slice
-from pipelines.recipe import Augmentation
-from pipelines.table import Table
-from shards.store import Store
+from headrace.pipelines import engines
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.components import with_components
+from headrace.pipelines.draw import draw
+from headrace.pipelines.engines.device_stage import device_stage
+from headrace.pipelines.order import Order, rank_slice
+from headrace.pipelines.recipe import Augmentation
+from headrace.pipelines.table import Table
+from headrace.shards.store import Store
 
 
 class LoaderError(ValueError):

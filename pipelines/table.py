@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.counters import OCCURRENCE_LIMIT
-from pipelines.order import Order, OrderError
+from headrace.pipelines.counters import OCCURRENCE_LIMIT
+from headrace.pipelines.order import Order, OrderError
 
 
 @dataclass(frozen=True, eq=False)

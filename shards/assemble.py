@@ -9,14 +9,14 @@ from typing import Any, NamedTuple, Protocol, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.atomic import atomic_file
-from shards.beton import write_beton
-from shards.dataset import BETON_FILE, tar_file
-from shards.index import ENCODED, INDEX_DTYPE, RAW, Record
-from shards.manifest import Format, ShardFile
-from shards.parts import EXTENSIONS, PIXELS, read_stored
-from shards.samples import SourceSplit
-from shards.webdataset import write_tar
+from headrace.shards.atomic import atomic_file
+from headrace.shards.beton import write_beton
+from headrace.shards.dataset import BETON_FILE, tar_file
+from headrace.shards.index import ENCODED, INDEX_DTYPE, RAW, Record
+from headrace.shards.manifest import Format, ShardFile
+from headrace.shards.parts import EXTENSIONS, PIXELS, read_stored
+from headrace.shards.sources.samples import SourceSplit
+from headrace.shards.webdataset import write_tar
 
 SAMPLES_PER_TAR_AT_MOST = 10_000
 _TAR_BLOCK_BYTES = 512

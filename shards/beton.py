@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from shards.atomic import HashedFile, atomic_file
-from shards.headers import PILLOW_ERRORS, HeaderError, read_header
-from shards.index import ENCODED, INDEX_DTYPE, RAW, ShardError, content_hash
-from shards.manifest import ShardFile
+from headrace.shards.atomic import HashedFile, atomic_file
+from headrace.shards.headers import PILLOW_ERRORS, HeaderError, read_header
+from headrace.shards.index import ENCODED, INDEX_DTYPE, RAW, ShardError, content_hash
+from headrace.shards.manifest import ShardFile
 
 VERSION = 2
 PAGE_BYTES_AT_LEAST = 1 << 21

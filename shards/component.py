@@ -17,19 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from shards.atomic import PARTIAL_SUFFIX, atomic_file
-from shards.beton import beton_item, write_beton
-from shards.convert import tool_version
-from shards.dataset import BETON_FILE
-from shards.index import ENCODED, INDEX_DTYPE, RAW, ShardError, content_hash, write_index
-from shards.manifest import (
+from headrace.shards.atomic import PARTIAL_SUFFIX, atomic_file
+from headrace.shards.beton import beton_item, write_beton
+from headrace.shards.convert import tool_version
+from headrace.shards.dataset import BETON_FILE
+from headrace.shards.index import ENCODED, INDEX_DTYPE, RAW, ShardError, content_hash, write_index
+from headrace.shards.manifest import (
     MANIFEST_FILE,
     PARTS_DIRECTORY,
     Manifest,
     read_manifest,
     write_manifest,
 )
-from shards.parts import (
+from headrace.shards.parts import (
     JPG,
     PIXELS,
     Note,
@@ -38,7 +38,7 @@ from shards.parts import (
     read_stored,
     table_path,
 )
-from shards.store import Store, open_store
+from headrace.shards.store import Store, open_store
 
 _PLAN_FILE = "plan.json"
 _SAMPLES_PER_PART = 1024

@@ -32,11 +32,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import features
 
-from shards.assemble import write_shards
-from shards.atomic import PARTIAL_SUFFIX, atomic_file
-from shards.encode import EncodeOptions
-from shards.index import ShardError, encode_name, write_index
-from shards.manifest import (
+from headrace.shards.assemble import write_shards
+from headrace.shards.atomic import PARTIAL_SUFFIX, atomic_file
+from headrace.shards.encode import EncodeOptions
+from headrace.shards.index import ShardError, encode_name, write_index
+from headrace.shards.manifest import (
     MANIFEST_FILE,
     PARTS_DIRECTORY,
     Format,
@@ -44,9 +44,9 @@ from shards.manifest import (
     read_manifest,
     write_manifest,
 )
-from shards.parts import LEFT_OUT, Note, read_parts, table_path, write_part
-from shards.samples import Sample, SourceSplit
-from shards.workers import Runner, open_executor, usable_cores
+from headrace.shards.parts import LEFT_OUT, Note, read_parts, table_path, write_part
+from headrace.shards.sources.samples import Sample, SourceSplit
+from headrace.shards.workers import Runner, open_executor, usable_cores
 
 REPORT_FILE = "report.jsonl"
 _PLAN_FILE = "plan.json"

@@ -9,10 +9,10 @@ from typing import Any, assert_never
 
 import numpy as np
 
-from shards.beton import beton_item, write_beton
-from shards.index import INDEX_DTYPE, Record, write_index
-from shards.manifest import ClassName, Format, Manifest, write_manifest
-from shards.webdataset import write_tar
+from headrace.shards.beton import beton_item, write_beton
+from headrace.shards.index import INDEX_DTYPE, Record, write_index
+from headrace.shards.manifest import ClassName, Format, Manifest, write_manifest
+from headrace.shards.webdataset import write_tar
 
 BETON_FILE = "data.beton"
 

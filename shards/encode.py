@@ -35,7 +35,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from shards.index import ShardError
+from headrace.shards.index import ShardError
 
 CONVERSION_QUALITY = 95
 LARGEST_SIDE_PIXELS = 65_500

@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from shards.atomic import atomic_file
-from shards.headers import HeaderError, ImageHeader, read_header
-from shards.index import ENCODED, INDEX_DTYPE, Index, ShardError, encode_name, read_index
-from shards.index import write_index as write_index_files
-from shards.mapping import map_file
-from shards.webdataset import scan_tar
+from headrace.shards.atomic import atomic_file
+from headrace.shards.headers import HeaderError, ImageHeader, read_header
+from headrace.shards.index import ENCODED, INDEX_DTYPE, Index, ShardError, encode_name, read_index
+from headrace.shards.index import write_index as write_index_files
+from headrace.shards.mapping import map_file
+from headrace.shards.webdataset import scan_tar
 
 CACHE_VERSION = 1
 CACHE_PREFIX = ".headrace-index-"

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.atomic import atomic_file
+from headrace.shards.atomic import atomic_file
 
 ENCODED = 0
 """`encoding` of a row whose bytes are an image file (JPEG, PNG, ...)."""

@@ -13,8 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from shards.atomic import atomic_file
-from shards.index import ShardError
+from headrace.shards.atomic import atomic_file
+from headrace.shards.index import ShardError
 
 Format = Literal["webdataset", "beton"]
 MANIFEST_FILE = "manifest.json"

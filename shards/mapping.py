@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.index import ShardError
+from headrace.shards.index import ShardError
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:

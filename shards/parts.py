@@ -16,12 +16,12 @@ from typing import Any, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.atomic import atomic_file
-from shards.beton import beton_item
-from shards.encode import Encoded, EncodeOptions, LeftOut, encode, encode_pixels
-from shards.index import RAW, ShardError, content_hash
-from shards.manifest import Format
-from shards.samples import Sample, SampleReader
+from headrace.shards.atomic import atomic_file
+from headrace.shards.beton import beton_item
+from headrace.shards.encode import Encoded, EncodeOptions, LeftOut, encode, encode_pixels
+from headrace.shards.index import RAW, ShardError, content_hash
+from headrace.shards.manifest import Format
+from headrace.shards.sources.samples import Sample, SampleReader
 
 LEFT_OUT, JPG, PNG, PIXELS = range(4)
 """What a sample's bytes in a part are; PIXELS are raw RGB without a header."""

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from shards.beton import read_beton_index
-from shards.foreign import fingerprint_of, open_folder, open_tars
-from shards.index import RAW, Index, ShardError, read_index
-from shards.manifest import MANIFEST_FILE, read_manifest
-from shards.mapping import MappedFiles
+from headrace.shards.beton import read_beton_index
+from headrace.shards.foreign import fingerprint_of, open_folder, open_tars
+from headrace.shards.index import RAW, Index, ShardError, read_index
+from headrace.shards.manifest import MANIFEST_FILE, read_manifest
+from headrace.shards.mapping import MappedFiles
 
 SPLITS = ("train", "val", "test")
 _PATTERN = re.compile(r"[*?\[{]")

@@ -14,10 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.encode import check_decodes
-from shards.index import RAW, Index, ShardError, content_hash, hash_file, read_index
-from shards.manifest import MANIFEST_FILE, PARTS_DIRECTORY, Manifest, ShardFile, read_manifest
-from shards.workers import Runner, open_executor, usable_cores
+from headrace.shards.encode import check_decodes
+from headrace.shards.index import RAW, Index, ShardError, content_hash, hash_file, read_index
+from headrace.shards.manifest import (
+    MANIFEST_FILE,
+    PARTS_DIRECTORY,
+    Manifest,
+    ShardFile,
+    read_manifest,
+)
+from headrace.shards.workers import Runner, open_executor, usable_cores
 
 _READ_BYTES = 1 << 22
 _SAMPLES_PER_TASK = 512

@@ -17,9 +17,9 @@ from typing import BinaryIO, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.atomic import HashedFile, atomic_file
-from shards.index import ENCODED, INDEX_DTYPE, Record, ShardError, content_hash
-from shards.manifest import ShardFile, read_manifest
+from headrace.shards.atomic import HashedFile, atomic_file
+from headrace.shards.index import ENCODED, INDEX_DTYPE, Record, ShardError, content_hash
+from headrace.shards.manifest import ShardFile, read_manifest
 
 BLOCK_BYTES = 512
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines import engines
-from pipelines.batch import Batch
-from pipelines.draw import draw
-from pipelines.engines import APPROXIMATIONS, Approximation, Work
-from pipelines.recipe import Augmentation, View, ViewOp
+from headrace.pipelines import engines
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.draw import draw
+from headrace.pipelines.engines import APPROXIMATIONS, Approximation, Work
+from headrace.pipelines.recipe import Augmentation, View, ViewOp
 
 CPU = torch.device("cpu")
 

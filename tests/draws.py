@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from pipelines.draw import draw
-from pipelines.plan import Plan
-from pipelines.recipe import (
+from headrace.pipelines.draw import draw
+from headrace.pipelines.plan import Plan
+from headrace.pipelines.recipe import (
     Augmentation,
     BlockMask,
     CenterCrop,

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines import engines
-from pipelines.batch import Batch
-from pipelines.draw import draw
-from pipelines.engines import Work
-from pipelines.recipe import Augmentation, RandomErasing, View, ViewOp
+from headrace.pipelines import engines
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.draw import draw
+from headrace.pipelines.engines import Work
+from headrace.pipelines.recipe import Augmentation, RandomErasing, View, ViewOp
 
 Pixels = NDArray[np.uint8]
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import recipes
-from pipelines.engines import APPROXIMATIONS, Unsupported
-from pipelines.loader import differences, threads_per_rank
-from shards.store import Store, open_store
-from training import evaluate
-from training.command_line import parse_command_line
-from training.config import Config, ConfigError, approximations
-from training.samples import feature_pass, open_training_loader
-from training.world import World
+from headrace.pipelines import recipes
+from headrace.pipelines.engines import APPROXIMATIONS, Unsupported
+from headrace.pipelines.loader import differences, threads_per_rank
+from headrace.shards.store import Store, open_store
+from headrace.training import evaluate
+from headrace.training.command_line import parse_command_line
+from headrace.training.config import Config, ConfigError, approximations
+from headrace.training.inputs import feature_pass, open_training_loader
+from headrace.training.world import World
 
 BOTH = "affine-bilinear,equalize-opencv"
 

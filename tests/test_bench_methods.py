@@ -17,12 +17,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = ROOT / "tools/bench_methods.py"
 
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(ROOT / "tools"))
-    tool: Any = import_module("bench_methods")
-    rows: Any = import_module("bench.methods_rows")
-    process: Any = import_module("bench.methods_process")
-    job: Any = import_module("bench.methods_job")
+tool: Any = import_module("headrace.tools.bench_methods")
+rows: Any = import_module("headrace.tools.bench.methods.rows")
+process: Any = import_module("headrace.tools.bench.methods.process")
+job: Any = import_module("headrace.tools.bench.methods.job")
 
 
 def row(name: str, seed: int | None, before: float, after: float, **other: Any) -> dict[str, Any]:

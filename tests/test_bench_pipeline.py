@@ -38,10 +38,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def part(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a part of the benchmark by its name, as the command does."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return import_module
+def part() -> Any:
+    """Imports a part of the benchmark by its name."""
+    return lambda name: import_module(f"headrace.tools.{name}")
 
 
 def run(*arguments: object, tmp_path: Path) -> "subprocess.CompletedProcess[str]":
@@ -226,8 +225,8 @@ def test_bad_input_is_one_sentence(
 
 
 def result_of(part: Any, engine: str, rates: list[float], output: str = "float32") -> Any:
-    task = part("bench.task").Task(engine, "mae", 2, output, 64, "store", 640)
-    result = part("bench.result").Result(task)
+    task = part("bench.pipeline.task").Task(engine, "mae", 2, output, 64, "store", 640)
+    result = part("bench.pipeline.result").Result(task)
     for rate in rates:
         result.add_round(
             {
@@ -242,7 +241,7 @@ def result_of(part: Any, engine: str, rates: list[float], output: str = "float32
 
 
 def test_ratios_are_taken_round_by_round(part: Any) -> None:
-    result = part("bench.result")
+    result = part("bench.pipeline.result")
     # The machine was twice as fast in the second round, for both.
     fast, slow = result_of(part, "fused", [50, 100, 51]), result_of(part, "ffcv", [10, 20, 10])
     assert result.ratio(fast, slow) == 5
@@ -250,7 +249,7 @@ def test_ratios_are_taken_round_by_round(part: Any) -> None:
 
 
 def test_a_line_holds_what_follows_from_the_rounds(part: Any) -> None:
-    result = part("bench.result")
+    result = part("bench.pipeline.result")
     fused = result_of(part, "fused", [80, 90])
     fused.plan_seconds_per_image = 1e-4
     group = [
@@ -275,7 +274,10 @@ def test_a_line_holds_what_follows_from_the_rounds(part: Any) -> None:
 
 
 def test_lines_are_appended_to_those_of_earlier_runs(part: Any, tmp_path: Path) -> None:
-    bench, result = part("bench_pipeline"), part("bench.result")
+    bench, result = (
+        part("bench_pipeline"),
+        part("bench.pipeline.result"),
+    )
     data = {"name": "x", "mean_bytes": 1, "mean_height": 1, "mean_width": 1}
     context = result.context_of(data, rounds=1, seconds=1.0)
     options = argparse.Namespace(json=tmp_path / "out.json", plot=None, append=True)
@@ -289,7 +291,7 @@ def test_lines_are_appended_to_those_of_earlier_runs(part: Any, tmp_path: Path) 
 
 
 def test_the_report_says_which_targets_hold(part: Any) -> None:
-    report = part("bench.report")
+    report = part("bench.pipeline.report")
     group = [
         result_of(part, "decode", [1000], "uint8"),
         result_of(part, "fused", [800]),
@@ -311,7 +313,7 @@ def test_the_report_says_which_targets_hold(part: Any) -> None:
 def test_a_busy_machine_is_reported(part: Any) -> None:
     decode, fused = result_of(part, "decode", [10], "uint8"), result_of(part, "fused", [8])
     decode.cpu_shares = [{"decode": 0.4}]
-    assert "NOT QUIET: decoding got 40%" in part("bench.report").table([decode, fused])
+    assert "NOT QUIET: decoding got 40%" in part("bench.pipeline.report").table([decode, fused])
 
 
 def test_memory_and_time_of_a_family_are_seen(part: Any) -> None:
@@ -345,9 +347,9 @@ def test_memory_and_time_of_a_family_are_seen(part: Any) -> None:
 
 
 def test_all_forms_hold_the_same_bytes(part: Any, photos: Path, tmp_path: Path) -> None:
-    from shards.store import open_store
+    from headrace.shards.store import open_store
 
-    data, store = part("bench.data"), open_store(photos)
+    data, store = part("bench.pipeline.data"), open_store(photos)
     engines = {"torchvision", "webdataset", "ffcv"}
     forms = data.make_forms(store, IMAGES - 1, tmp_path, engines, 2, lambda _: None)
     expected = [bytes(one) for one in store.read(range(IMAGES - 1))]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
-RULE = runpy.run_path(str(TOOLS / "bench/bound.py"))
+RULE = runpy.run_path(str(TOOLS / "bench/training/verdict.py"))
 FAST_INPUT: dict[str, Any] = {
     "real": 990.0,
     "synthetic": 1000.0,
@@ -206,11 +206,7 @@ def test_a_whole_measurement(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def main() -> Callable[[list[str]], int]:
-    sys.path.insert(0, str(TOOLS))  # what starting the script does
-    try:
-        return runpy.run_path(str(TOOLS / "bench_training.py"))["main"]
-    finally:
-        sys.path.remove(str(TOOLS))
+    return runpy.run_path(str(TOOLS / "bench_training.py"))["main"]
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.beton import (
+from headrace.shards.beton import (
     PAGE_BYTES_AT_LEAST,
     beton_item,
     page_bytes_for,
     read_beton_index,
     write_beton,
 )
-from shards.index import ENCODED, INDEX_DTYPE, RAW, Record, ShardError, content_hash
-from shards.manifest import ShardFile
+from headrace.shards.index import ENCODED, INDEX_DTYPE, RAW, Record, ShardError, content_hash
+from headrace.shards.manifest import ShardFile
 
 
 def picture(seed: int, height: int, width: int, mode: str = "RGB") -> Image.Image:

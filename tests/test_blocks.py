@@ -12,15 +12,15 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.blocks.dino_head import DinoHead
-from training.blocks.drop_path import KeyedDropPath, key_drop_paths, set_keys
-from training.blocks.gather import gather_with_gradient, mean_over_ranks, rank, world_size
-from training.blocks.heads import Mlp, feature_dim
-from training.blocks.norm import GlobalBatchNorm, convert
-from training.blocks.positions import sine_cosine
-from training.blocks.teacher import follow, start_equal
-from training.method import Progress
-from training.world import World
+from headrace.training.blocks.dino_head import DinoHead
+from headrace.training.blocks.drop_path import KeyedDropPath, key_drop_paths, set_keys
+from headrace.training.blocks.heads import Mlp, feature_dim
+from headrace.training.blocks.norm import GlobalBatchNorm, convert
+from headrace.training.blocks.positions import sine_cosine
+from headrace.training.blocks.teacher import follow, start_equal
+from headrace.training.collectives import gather_with_gradient, mean_over_ranks, rank, world_size
+from headrace.training.method import Progress
+from headrace.training.world import World
 
 TWO_RANKS = World(size=2)
 

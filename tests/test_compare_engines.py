@@ -13,26 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import engines, recipes
-from pipelines.batch import Batch, Erased, Mixed
-from pipelines.engines.device_stage import normalize
-from pipelines.engines.reference import decode
-from pipelines.recipe import RAND_AUGMENT_OPERATIONS, RandAugment
-from shards.store import Store, open_store
+from headrace.pipelines import engines, recipes
+from headrace.pipelines.batch import Batch, Erased, Mixed
+from headrace.pipelines.engines.device_stage import normalize
+from headrace.pipelines.engines.reference import decode
+from headrace.pipelines.recipe import RAND_AUGMENT_OPERATIONS, RandAugment
+from headrace.shards.store import Store, open_store
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = 6
 
 
-def modules() -> dict[str, Any]:
-    names = ("compare_cases", "compare_engines", "readme_tables")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tools"))
-        return {name: import_module(name) for name in names}
-
-
-TOOLS = modules()
-cases, tool = TOOLS["compare_cases"], TOOLS["compare_engines"]
+cases: Any = import_module("headrace.tools.compare_cases")
+tool: Any = import_module("headrace.tools.compare_engines")
 CASES = {case.name: case for case in cases.op_cases()} | {
     case.name: case for case in cases.recipe_cases(list(recipes.NAMED), SAMPLES)
 }
@@ -83,7 +76,7 @@ def test_all_ops_and_operations_are_compared() -> None:
     """What no case has cannot be held to anything: a new op needs a case."""
     from typing import get_args
 
-    from pipelines.ops import Op
+    from headrace.pipelines.ops import Op
 
     op_cases = [case for case in CASES.values() if case.kind == "op"]
     executed = [op for case in op_cases for op in case.augmentation.flat_views[0].executed]

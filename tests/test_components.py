@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines import recipes
-from pipelines.batch import Batch, concatenate
-from pipelines.components import Cut
-from pipelines.declaration import augmentation_from
-from pipelines.engines import EngineName
-from pipelines.loader import LoaderError, open_loader
-from pipelines.recipe import (
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch, concatenate
+from headrace.pipelines.components import Cut
+from headrace.pipelines.declaration import augmentation_from
+from headrace.pipelines.engines import EngineName
+from headrace.pipelines.loader import LoaderError, open_loader
+from headrace.pipelines.recipe import (
     Augmentation,
     CenterCrop,
     ColorJitter,
@@ -36,13 +36,13 @@ from pipelines.recipe import (
     Resize,
     View,
 )
-from shards.beton import read_beton_index
-from shards.component import begin_component, component_directory, open_component
-from shards.dataset import write_dataset
-from shards.index import Record, ShardError
-from shards.parts import Note, table_path
-from shards.store import Store, open_store
-from shards.verify import verify
+from headrace.shards.beton import read_beton_index
+from headrace.shards.component import begin_component, component_directory, open_component
+from headrace.shards.dataset import write_dataset
+from headrace.shards.index import Record, ShardError
+from headrace.shards.parts import Note, table_path
+from headrace.shards.store import Store, open_store
+from headrace.shards.verify import verify
 
 SAMPLES = 40
 ENGINES = [
@@ -304,7 +304,7 @@ def test_a_recipe_that_a_component_cannot_follow_is_refused() -> None:
 def test_writing_goes_on_where_it_was_stopped(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shards.component._SAMPLES_PER_PART", 16)
+    monkeypatch.setattr("headrace.shards.component._SAMPLES_PER_PART", 16)
     store = open_store(copy_of(dataset, tmp_path / "train"))
     made = pictures()
 

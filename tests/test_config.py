@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike, NDArray
 
-from training import config as configuration
-from training import samples
-from training.command_line import parse_command_line
-from training.config import Config, ConfigError
-from training.methods import dino, supervised
-from training.samples import open_training_loader, read_subset
-from training.world import World
+from headrace.training import config as configuration
+from headrace.training import inputs as samples
+from headrace.training.command_line import parse_command_line
+from headrace.training.config import Config, ConfigError
+from headrace.training.inputs import open_training_loader, read_subset
+from headrace.training.methods import dino, supervised
+from headrace.training.world import World
 
 
 def parse(line: str, largest_side: int = 32) -> Config:
@@ -141,7 +141,7 @@ def test_a_method_from_outside_is_found_by_its_dotted_name(
     package = tmp_path / "outside_package"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "mine.py").write_text("from training.methods.simclr import *\n")
+    (package / "mine.py").write_text("from headrace.training.methods.simclr import *\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if entry])
     config = parse("--method outside_package.mine")

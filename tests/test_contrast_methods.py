@@ -12,7 +12,16 @@ from timm.layers.norm_act import BatchNormAct2d
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pipelines.batch import Batch
+from headrace.pipelines.batch import Batch
+from headrace.training.backbones import EncoderFactory
+from headrace.training.blocks.memory import Queue, RowMemory
+from headrace.training.blocks.norm import convert
+from headrace.training.blocks.norm_groups import GroupedBatchNorm, group_norms
+from headrace.training.blocks.positions import sine_cosine
+from headrace.training.config import ConfigError, Recipe
+from headrace.training.method import Facts
+from headrace.training.methods import moco, moco_v3, simclr
+from headrace.training.world import World
 from tests.test_ranks import (  # noqa: F401  the fixture
     Call,
     assert_agrees,
@@ -32,15 +41,6 @@ from tests.tiny_methods import (
     small_recipe,
     train_step,
 )
-from training.backbones import EncoderFactory
-from training.blocks.memory import Queue, RowMemory
-from training.blocks.norm import convert
-from training.blocks.norm_groups import GroupedBatchNorm, group_norms
-from training.blocks.positions import sine_cosine
-from training.config import ConfigError, Recipe
-from training.method import Facts
-from training.methods import moco, moco_v3, simclr
-from training.world import World
 
 # ---- groups of batch norm
 

@@ -18,15 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards import open_store
-from shards.assemble import tar_starts
-from shards.convert import Conversion, ConvertOptions, convert, permutation
-from shards.encode import NO_BYTES, EncodeOptions
-from shards.index import ShardError, read_index
-from shards.manifest import Format, read_manifest
-from shards.samples import FileReference, Sample, SourceSplit
-from shards.sources import list_source
-from shards.verify import verify
+from headrace.shards import open_store
+from headrace.shards.assemble import tar_starts
+from headrace.shards.convert import Conversion, ConvertOptions, convert, permutation
+from headrace.shards.encode import NO_BYTES, EncodeOptions
+from headrace.shards.index import ShardError, read_index
+from headrace.shards.manifest import Format, read_manifest
+from headrace.shards.sources import list_source
+from headrace.shards.sources.samples import FileReference, Sample, SourceSplit
+from headrace.shards.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS: tuple[Format, ...] = ("webdataset", "beton")
@@ -209,8 +209,8 @@ KILLED_CONVERSION = """
 import os, signal, sys
 from pathlib import Path
 import webdataset.writer
-from shards.convert import ConvertOptions, convert
-from shards.sources import list_source
+from headrace.shards.convert import ConvertOptions, convert
+from headrace.shards.sources import list_source
 
 source, out, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 (split,) = list_source(source)

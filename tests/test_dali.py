@@ -14,10 +14,11 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali")
 
-from pipelines import engines, recipes
-from pipelines.batch import Batch
-from pipelines.engines import SampleError, Unsupported, Work, dali, reference
-from pipelines.recipe import (
+from headrace.pipelines import engines, recipes
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.engines import SampleError, Unsupported, Work, reference
+from headrace.pipelines.engines.dali import engine as dali
+from headrace.pipelines.recipe import (
     CenterCrop,
     ColorJitter,
     Flip,

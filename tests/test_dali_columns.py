@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipelines import recipes
-from pipelines.draw import draw
-from pipelines.engines.dali_columns import (
+from headrace.pipelines import recipes
+from headrace.pipelines.draw import draw
+from headrace.pipelines.engines.dali.columns import (
     FINE_STEPS,
     LUMA,
     PILLOW_STEPS,
@@ -16,7 +16,14 @@ from pipelines.engines.dali_columns import (
     op_columns,
     plan_columns,
 )
-from pipelines.recipe import CenterCrop, ColorJitter, GaussianBlur, Grayscale, Resize, Solarize
+from headrace.pipelines.recipe import (
+    CenterCrop,
+    ColorJitter,
+    GaussianBlur,
+    Grayscale,
+    Resize,
+    Solarize,
+)
 
 NO_SIZES = np.empty((0, 2), np.int32)
 

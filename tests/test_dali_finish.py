@@ -10,13 +10,13 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali")
 
-from pipelines import engines, recipes
-from pipelines.batch import Batch
-from pipelines.engines import Unsupported, Work
-from pipelines.engines.dali import DaliEngine
-from pipelines.engines.dali_columns import finish_columns
-from pipelines.engines.device_stage import device_stage
-from pipelines.recipe import (
+from headrace.pipelines import engines, recipes
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.engines import Unsupported, Work
+from headrace.pipelines.engines.dali.columns import finish_columns
+from headrace.pipelines.engines.dali.engine import DaliEngine
+from headrace.pipelines.engines.device_stage import device_stage
+from headrace.pipelines.recipe import (
     Augmentation,
     BlockMask,
     CenterCrop,

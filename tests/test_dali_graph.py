@@ -10,15 +10,15 @@ pytest.importorskip("nvidia.dali")
 
 from nvidia.dali import backend
 
-from pipelines import engines, recipes
-from pipelines.engines.dali_graph import build_pipeline
-from pipelines.engines.dali_inspect import (
+from headrace.pipelines import engines, recipes
+from headrace.pipelines.engines.dali.describe import (
     Graph,
     draws_random_numbers,
     graph_of,
 )
-from pipelines.engines.dali_nodes import Placement
-from pipelines.recipe import (
+from headrace.pipelines.engines.dali.graph import build_pipeline
+from headrace.pipelines.engines.dali.nodes import Placement
+from headrace.pipelines.recipe import (
     Augmentation,
     CenterCrop,
     ColorJitter,

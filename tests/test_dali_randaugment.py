@@ -12,12 +12,12 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali")
 
-from pipelines import engines, recipes
-from pipelines.engines import Approximation, Unsupported, Work
-from pipelines.engines.dali_policy_columns import AFFINE, layer_prefix, policy_columns
-from pipelines.engines.reference import apply_op
-from pipelines.plan import ViewPlan
-from pipelines.recipe import (
+from headrace.pipelines import engines, recipes
+from headrace.pipelines.engines import Approximation, Unsupported, Work
+from headrace.pipelines.engines.dali.policy_columns import AFFINE, layer_prefix, policy_columns
+from headrace.pipelines.engines.reference import apply_op
+from headrace.pipelines.plan import ViewPlan
+from headrace.pipelines.recipe import (
     RAND_AUGMENT_OPERATIONS,
     Augmentation,
     CenterCrop,

@@ -9,16 +9,16 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali")
 
-from pipelines import recipes
-from pipelines.engines import SampleError
-from pipelines.engines.dali_columns import (
+from headrace.pipelines import recipes
+from headrace.pipelines.engines import SampleError
+from headrace.pipelines.engines.dali.columns import (
     decodes_region,
     picture_prefix,
     plan_columns,
     region_columns,
 )
-from pipelines.engines.dali_inspect import graph_of
-from pipelines.recipe import (
+from headrace.pipelines.engines.dali.describe import graph_of
+from headrace.pipelines.recipe import (
     Augmentation,
     CenterCrop,
     Flip,

@@ -5,9 +5,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pipelines import noise
-from pipelines.engines.device_noise import philox, pixel_noise
-from pipelines.philox import words
+from headrace.pipelines import noise
+from headrace.pipelines.engines.device_noise import philox, pixel_noise
+from headrace.pipelines.philox import words
 
 KEYS = [0, 1, 0xFFFFFFFF, 1 << 32, 1 << 63, (1 << 64) - 1, 0x123456789ABCDEF0]
 

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from timm.data import mixup as timm_mixup
 from timm.data import random_erasing as timm_erasing
 
-from pipelines.batch import Batch, Erased, Mixed
-from pipelines.draw import draw
-from pipelines.engines import Work
-from pipelines.engines import device_stage as stage
-from pipelines.engines.device_noise import pixel_noise
-from pipelines.engines.device_stage import device_stage, normalize
-from pipelines.recipe import (
+from headrace.pipelines.batch import Batch, Erased, Mixed
+from headrace.pipelines.draw import draw
+from headrace.pipelines.engines import Work
+from headrace.pipelines.engines import device_stage as stage
+from headrace.pipelines.engines.device_noise import pixel_noise
+from headrace.pipelines.engines.device_stage import device_stage, normalize
+from headrace.pipelines.recipe import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Augmentation,
@@ -27,7 +27,7 @@ from pipelines.recipe import (
     RandomErasing,
     View,
 )
-from training.blocks.targets import soft_targets
+from headrace.training.blocks.targets import soft_targets
 
 CPU = torch.device("cpu")
 Fill = Literal["const", "rand", "pixel"]

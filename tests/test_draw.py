@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipelines import draw as draw_module
-from pipelines import draw_masks, draw_mix, permutation, philox, source
-from pipelines.counters import (
+from headrace.pipelines import draw as draw_module
+from headrace.pipelines import draw_masks, draw_mix, permutation, philox, source
+from headrace.pipelines.counters import (
     EPOCH_LIMIT,
     ID_LIMIT,
     OCCURRENCE_LIMIT,
@@ -24,11 +24,11 @@ from pipelines.counters import (
     counters,
     owners,
 )
-from pipelines.draw import draw
-from pipelines.order import Order, rank_slice
-from pipelines.philox import words
-from pipelines.plan import Plan
-from pipelines.recipe import (
+from headrace.pipelines.draw import draw
+from headrace.pipelines.order import Order, rank_slice
+from headrace.pipelines.philox import words
+from headrace.pipelines.plan import Plan
+from headrace.pipelines.recipe import (
     Augmentation,
     BlockMask,
     ColorJitter,
@@ -47,7 +47,7 @@ from pipelines.recipe import (
     View,
     ViewOp,
 )
-from pipelines.recipes import named
+from headrace.pipelines.recipes import named
 from tests.draws import EVERY_MIX, EVERY_VIEW, EVERYTHING, GROUP, columns, drawn, one
 
 # Counters

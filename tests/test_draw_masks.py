@@ -13,10 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipelines import source as source_module
-from pipelines.counters import Kind, Scope, counters, owners
-from pipelines.philox import words
-from pipelines.recipe import (
+from headrace.pipelines import source as source_module
+from headrace.pipelines.counters import Kind, Scope, counters, owners
+from headrace.pipelines.philox import words
+from headrace.pipelines.recipe import (
     Augmentation,
     BlockMask,
     Mask,

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from timm.data import random_erasing as timms_erasing
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 
-from pipelines.noise import MAGNITUDES, half_normal_quantiles, normals
-from pipelines.recipe import (
+from headrace.pipelines.noise import MAGNITUDES, half_normal_quantiles, normals
+from headrace.pipelines.recipe import (
     Augmentation,
     Distribution,
     Draw,

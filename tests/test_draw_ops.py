@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torchvision import transforms
 
-from pipelines import recipes
-from pipelines.counters import Kind, Scope, counters, owners
-from pipelines.philox import words
-from pipelines.recipe import (
+from headrace.pipelines import recipes
+from headrace.pipelines.counters import Kind, Scope, counters, owners
+from headrace.pipelines.philox import words
+from headrace.pipelines.recipe import (
     Augmentation,
     ColorJitter,
     Flip,

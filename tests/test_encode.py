@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.encode import (
+from headrace.shards.encode import (
     ALPHA_DROPPED,
     BOMB,
     DAMAGED_REENCODED,
@@ -35,7 +35,7 @@ from shards.encode import (
     encode,
     encode_pixels,
 )
-from shards.index import ShardError
+from headrace.shards.index import ShardError
 
 HEIGHT, WIDTH = 120, 160
 

@@ -17,15 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipelines.declaration import augmentation_from
-from pipelines.recipes import center, deit, dino
-from shards.store import Store, open_store
-from training.backbones import EncoderFactory, export, read_initial, resolve_options
-from training.config import Config, ConfigError, Data, Run, find_method, method_names
-from training.evaluation.features import FeaturePass, extract
-from training.evaluation.knn import knn_predict
-from training.evaluation.record import read_record, trained_encoder, untrained_encoder
-from training.world import World
+from headrace.pipelines.declaration import augmentation_from
+from headrace.pipelines.recipes import center, deit, dino
+from headrace.shards.store import Store, open_store
+from headrace.training.backbones import EncoderFactory, export, read_initial, resolve_options
+from headrace.training.config import Config, ConfigError, Data, Run, find_method, method_names
+from headrace.training.features import FeaturePass, extract
+from headrace.training.protocols.knn import knn_predict
+from headrace.training.run.record import read_record, trained_encoder, untrained_encoder
+from headrace.training.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_VIEW = center(32, 32)
@@ -529,9 +529,7 @@ def colours_of(path: Path) -> tuple[tuple[int, int], int]:
 
 @pytest.fixture(scope="module")
 def show_batch() -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tools"))
-        return runpy.run_path(str(ROOT / "tools/show_batch.py"))
+    return runpy.run_path(str(ROOT / "tools/show_batch.py"))
 
 
 @pytest.mark.slow

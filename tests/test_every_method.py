@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from headrace.training.run import checkpoint
 from tests.tiny_methods import CLASSES, NAMES, module_of, small_recipe, tiny_teacher
-from training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5  # three in an epoch

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.atomic import atomic_file
-from shards.dataset import write_dataset
-from shards.headers import HeaderError, read_header
-from shards.index import (
+from headrace.shards.atomic import atomic_file
+from headrace.shards.dataset import write_dataset
+from headrace.shards.headers import HeaderError, read_header
+from headrace.shards.index import (
     ENCODED,
     INDEX_DTYPE,
     Record,
@@ -27,15 +27,15 @@ from shards.index import (
     read_index,
     write_index,
 )
-from shards.manifest import (
+from headrace.shards.manifest import (
     ClassName,
     Manifest,
     ShardFile,
     read_manifest,
     write_manifest,
 )
-from shards.store import open_store
-from shards.webdataset import export_dali_index, scan_tar, write_tar
+from headrace.shards.store import open_store
+from headrace.shards.webdataset import export_dali_index, scan_tar, write_tar
 
 
 def picture(seed: int, height: int, width: int, mode: str = "RGB") -> Image.Image:

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional
 
-from pipelines import engines, open_loader, recipes
-from pipelines.draw import draw
-from pipelines.engines import SampleError, Work
-from pipelines.engines.device_stage import device_stage, normalize
-from pipelines.engines.fused import BATCHES_IN_FLIGHT, FusedEngine
-from pipelines.engines.fused_program import Layout, lower
-from pipelines.engines.kernels_color import turn_hue
-from pipelines.recipe import (
+from headrace.pipelines import engines, open_loader, recipes
+from headrace.pipelines.draw import draw
+from headrace.pipelines.engines import SampleError, Work
+from headrace.pipelines.engines.device_stage import device_stage, normalize
+from headrace.pipelines.engines.fused.color import turn_hue
+from headrace.pipelines.engines.fused.engine import BATCHES_IN_FLIGHT, FusedEngine
+from headrace.pipelines.engines.fused.program import Layout, lower
+from headrace.pipelines.recipe import (
     Augmentation,
     CenterCrop,
     ColorJitter,
@@ -37,7 +37,7 @@ from pipelines.recipe import (
     centered_offset,
     resized_shape,
 )
-from shards.store import open_store
+from headrace.shards.store import open_store
 from tests.fused_cases import (
     RESAMPLED_LEVELS,
     SAME_ORDER,

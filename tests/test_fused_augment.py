@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipelines import recipes
-from pipelines.draw import draw
-from pipelines.engines import Work
-from pipelines.engines.fused_program import Layout, lower
-from pipelines.engines.kernels import mix, render
-from pipelines.plan import ViewPlan
-from pipelines.recipe import (
+from headrace.pipelines import recipes
+from headrace.pipelines.draw import draw
+from headrace.pipelines.engines import Work
+from headrace.pipelines.engines.fused.program import Layout, lower
+from headrace.pipelines.engines.fused.render import mix, render
+from headrace.pipelines.plan import ViewPlan
+from headrace.pipelines.recipe import (
     RAND_AUGMENT_OPERATIONS,
     Augmentation,
     CenterCrop,

@@ -14,14 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import open_loader, recipes
-from pipelines.batch import Batch
-from pipelines.counters import PlanError
-from pipelines.engines import SampleError, Work
-from pipelines.engines.device_stage import device_stage
-from pipelines.engines.fused import FusedEngine
-from pipelines.plan import Plan
-from pipelines.recipe import (
+from headrace.pipelines import open_loader, recipes
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.counters import PlanError
+from headrace.pipelines.engines import SampleError, Work
+from headrace.pipelines.engines.device_stage import device_stage
+from headrace.pipelines.engines.fused.engine import FusedEngine
+from headrace.pipelines.plan import Plan
+from headrace.pipelines.recipe import (
     Augmentation,
     CenterCrop,
     Flip,
@@ -30,10 +30,10 @@ from pipelines.recipe import (
     RandomResizedCrop,
     View,
 )
-from shards.dataset import write_dataset
-from shards.index import Record
-from shards.manifest import ClassName, Format
-from shards.store import open_store
+from headrace.shards.dataset import write_dataset
+from headrace.shards.index import Record
+from headrace.shards.manifest import ClassName, Format
+from headrace.shards.store import open_store
 from tests.fused_cases import Pixels, encoded, pieces, run, whole_photograph, work_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -259,7 +259,7 @@ _HASHES = """
 from hashlib import sha256
 import numpy as np
 import torch
-from pipelines import recipes
+from headrace.pipelines import recipes
 from tests.fused_cases import encoded, pieces, run, whole_photograph, work_for
 
 files = [encoded(picture) for picture in pieces(whole_photograph(), 70, 90, 10)]

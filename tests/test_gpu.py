@@ -16,11 +16,11 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali")
 
-from pipelines import engines, recipes, stream
-from pipelines.batch import Batch, Erased, Mixed
-from pipelines.engines.device_stage import device_stage
-from pipelines.loader import open_loader
-from pipelines.recipe import (
+from headrace.pipelines import engines, recipes, stream
+from headrace.pipelines.batch import Batch, Erased, Mixed
+from headrace.pipelines.engines.device_stage import device_stage
+from headrace.pipelines.loader import open_loader
+from headrace.pipelines.recipe import (
     RAND_AUGMENT_OPERATIONS,
     Augmentation,
     BlockMask,
@@ -39,7 +39,7 @@ from pipelines.recipe import (
     View,
     ViewOp,
 )
-from shards.store import Store, open_store
+from headrace.shards.store import Store, open_store
 from tests.dali_cases import (
     CPU,
     in_small_groups,
@@ -353,7 +353,7 @@ def test_the_worker_has_a_stream_of_its_own_on_a_gpu_only(monkeypatch: pytest.Mo
 
 
 def test_an_engine_copies_a_gpus_outputs_to_torchs_memory() -> None:
-    from pipelines.engines.dali import DaliEngine
+    from headrace.pipelines.engines.dali.engine import DaliEngine
 
     output = torch.arange(24).view(2, 3, 4)
     on_gpu = DaliEngine(one_view(CUT), CUDA, 1, None, ())

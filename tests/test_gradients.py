@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.batch import Batch, Mixed, concatenate
-from pipelines.recipe import Augmentation, CenterCrop, View
+from headrace.pipelines.batch import Batch, Mixed, concatenate
+from headrace.pipelines.recipe import Augmentation, CenterCrop, View
+from headrace.training.blocks.memory import Queue, RowMemory
+from headrace.training.config import Optim
+from headrace.training.gradients import backward, gradient_of
+from headrace.training.guard import Guard, Signals
+from headrace.training.meters import Meters
+from headrace.training.method import MAIN_PHASE, Method, Progress
+from headrace.training.optim import Schedule, build_optimizer
+from headrace.training.step import Step, early_parameters, model_for
+from headrace.training.world import World
 from tests.tiny_methods import batch_of, build, finished, progress_at, share
-from training.blocks.memory import Queue, RowMemory
-from training.config import Optim
-from training.gradients import backward, gradient_of
-from training.guard import Guard, Signals
-from training.meters import Meters
-from training.method import MAIN_PHASE, Method, Progress
-from training.optim import Schedule, build_optimizer
-from training.step import Step, early_parameters, model_for
-from training.world import World
 
 ONE = World()
 

@@ -1,9 +1,14 @@
 """The house rules that no linter knows: sizes, names, and what the top level may hold."""
 
+import ast
 import subprocess
+import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
+
+from headrace.pipelines.engines.fused.render import KERNEL_FILES
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKED = subprocess.run(
@@ -16,19 +21,54 @@ TRACKED = subprocess.run(
 PYTHON = [Path(name) for name in TRACKED if name.endswith(".py") and (ROOT / name).exists()]
 
 
-def budget(path: Path) -> int:
-    """Lines that a file may have; a longer one is to be split where a seam is natural."""
-    if path == Path("training/train.py"):
-        return 200
-    if path.parent == Path("training/methods"):
-        return 250
-    return 400
+class HouseWarning(UserWarning):
+    """Something to look at; no failure."""
+
+
+STATEMENTS_OF_A_METHOD = 160
+LINES_OF_A_FUNCTION = 60
+LINES_OF_A_FILE = 500
+LONGER = {
+    ("training/train.py", "train"): 160,  # the story of a run, told once
+    ("pipelines/engines/fused/resample.py", "resample"): 100,  # one compiled kernel, inlined
+    ("pipelines/loader.py", "open_loader"): 105,  # a signature of 25 lines, handed on by name
+    ("tools/bench_methods.py", "_parse"): 80,  # a table of options
+    ("tools/bench_pipeline.py", "_parse"): 80,
+    ("tools/bench_training.py", "measure"): 120,
+    ("training/evaluate.py", "_parse"): 100,
+}
+"""Functions that may be longer than LINES_OF_A_FUNCTION, and why."""
+
+
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Of a function without its docstring: prose is never cut to save lines."""
+    first = function.body[0]
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        lines -= (first.end_lineno or 0) - first.lineno + 1
+    return lines
 
 
 @pytest.mark.parametrize("path", [p for p in PYTHON if p.parts[0] != "tests"], ids=str)
-def test_files_stay_small(path: Path) -> None:
-    lines = len((ROOT / path).read_text().splitlines())
-    assert lines <= budget(path)
+def test_functions_and_methods_stay_small(path: Path) -> None:
+    """What a file does is counted, not its prose, its imports or its presets."""
+    source = (ROOT / path).read_text()
+    if len(source.splitlines()) > LINES_OF_A_FILE:
+        message = f"{path} has {len(source.splitlines())} lines: is there a natural seam in it?"
+        warnings.warn(HouseWarning(message), stacklevel=1)
+    nodes = list(ast.walk(ast.parse(source)))
+    long = {
+        (path.as_posix(), node.name): lines_of(node)
+        for node in nodes
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert not {
+        where: lines
+        for where, lines in long.items()
+        if lines > LONGER.get(where, LINES_OF_A_FUNCTION)
+    }
+    if path.parent == Path("training/methods"):
+        assert sum(isinstance(node, ast.stmt) for node in nodes) <= STATEMENTS_OF_A_METHOD
 
 
 def test_no_file_has_a_name_that_says_nothing() -> None:
@@ -46,9 +86,26 @@ def test_the_top_level_is_fixed() -> None:
 
 def test_packages_are_the_ones_of_this_checkout() -> None:
     """A dependency that ships a top-level `training` would shadow ours."""
-    import pipelines
-    import shards
-    import training
+    from headrace import pipelines, shards, training
 
     for package in (pipelines, shards, training):
         assert Path(str(package.__file__)).is_relative_to(ROOT)
+
+
+def test_every_folder_of_modules_is_packaged() -> None:
+    """pyproject.toml lists what the wheel holds; a folder that it lacks would be missing there."""
+    folders = {path.parent for path in PYTHON if path.parts[0] != "tests"}
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(f"headrace.{'.'.join(path.parts)}" for path in folders)
+
+
+def test_all_kernels_count_in_the_digest_of_their_cache() -> None:
+    """A file of compiled functions that it lacks would leave stale machine code in use."""
+    folder = ROOT / "pipelines/engines/fused"
+    decorators = ("@numba", "@njit", "@intrinsic")
+    compiled = {
+        path.stem
+        for path in folder.glob("*.py")
+        if any(line.startswith(decorators) for line in path.read_text().splitlines())
+    }
+    assert compiled <= set(KERNEL_FILES) <= {path.stem for path in folder.glob("*.py")}

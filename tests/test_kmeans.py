@@ -15,9 +15,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.blocks import kmeans as module
-from training.blocks.kmeans import cluster_sums, kmeans, table_by_id, whiten
-from training.config import ConfigError
+from headrace.training.blocks import kmeans as module
+from headrace.training.blocks.kmeans import cluster_sums, kmeans, table_by_id, whiten
+from headrace.training.config import ConfigError
 
 Array = NDArray[np.float64]
 

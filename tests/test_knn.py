@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from training.evaluation.features import Features
-from training.evaluation.knn import (
+from headrace.training.features import Features
+from headrace.training.protocols.knn import (
     Accuracy,
     KnnError,
     KnnResult,
@@ -24,7 +24,7 @@ from training.evaluation.knn import (
     normalise,
     votes,
 )
-from training.world import World
+from headrace.training.world import World
 
 ALONE = World()
 

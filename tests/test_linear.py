@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.counters import Kind
-from pipelines.permutation import permute
-from training.evaluation.features import Features
-from training.evaluation.linear import (
+from headrace.pipelines.counters import Kind
+from headrace.pipelines.permutation import permute
+from headrace.training.features import Features
+from headrace.training.protocols.linear import (
     LinearError,
     LinearResult,
     Sweep,
@@ -26,7 +26,7 @@ from training.evaluation.linear import (
     _mini_batches,
     linear_accuracy,
 )
-from training.world import World
+from headrace.training.world import World
 
 ALONE = World()
 QUICK = Sweep(learning_rates=(0.01, 0.1, 1.0), epochs=30, batch_size=64)

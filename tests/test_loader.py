@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from pipelines import engines, open_loader, recipes
-from pipelines.batch import Batch
-from pipelines.engines.device_stage import normalize
-from pipelines.loader import Loader, LoaderError, differences
-from pipelines.plan import Plan
-from pipelines.recipe import Augmentation
-from pipelines.stream import Place
-from shards.store import open_store
+from headrace.pipelines import engines, open_loader, recipes
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.engines.device_stage import normalize
+from headrace.pipelines.loader import Loader, LoaderError, differences
+from headrace.pipelines.plan import Plan
+from headrace.pipelines.recipe import Augmentation
+from headrace.pipelines.stream import Place
+from headrace.shards.store import open_store
 
 RECIPE = recipes.dino(16, 8, 1)
 PIXELS = recipes.mae(16, patch_pixels=4)

@@ -12,24 +12,20 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.loader import open_loader
-from shards.component import component_directory, open_component
-from shards.dataset import write_dataset
-from shards.index import Record
-from shards.store import Store, open_store
+from headrace.pipelines.loader import open_loader
+from headrace.shards.component import component_directory, open_component
+from headrace.shards.dataset import write_dataset
+from headrace.shards.index import Record
+from headrace.shards.store import Store, open_store
+from headrace.training.methods.relic_v2 import PRESETS
 from tests.objective_checks import assert_same
-from training.methods.relic_v2 import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def tools(*names: str) -> list[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tools"))
-        return [import_module(name) for name in names]
-
-
-make_masks, saliency, network_of = tools("make_masks", "saliency", "saliency_network")
+make_masks: Any = import_module("headrace.tools.make_masks")
+saliency: Any = import_module("headrace.tools.masks.measures")
+network_of: Any = import_module("headrace.tools.masks.network")
 SAMPLES = 48
 SMALL = ["--threads", "1", "--steps", "12", "--train-images", "32", "--samples", "3"]
 
@@ -266,7 +262,7 @@ def test_masks_reach_the_method_through_its_preset(made: tuple[Store, Path]) -> 
 def test_it_goes_on_where_it_was_stopped_and_ends_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("shards.component._SAMPLES_PER_PART", 16)
+    monkeypatch.setattr("headrace.shards.component._SAMPLES_PER_PART", 16)
     whole, stopped = (write_scenes(tmp_path / name / "train") for name in ("whole", "stopped"))
     assert make_masks.main([str(tmp_path / "whole"), *SMALL]) == 0
 

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from pipelines.engines import APPROXIMATIONS, unsupported
-from pipelines.recipe import Augmentation
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.engines import APPROXIMATIONS, unsupported
+from headrace.pipelines.recipe import Augmentation
+from headrace.training.backbones import EncoderFactory, export, resolve_options
+from headrace.training.blocks.memory import Queue
+from headrace.training.config import Recipe
+from headrace.training.gradients import Pass, backward, gradient_of, has_batch_norm
+from headrace.training.method import MAIN_PHASE, Facts, Method, Progress
 from tests.tiny_methods import (
     CASES,
     ENCODERS,
@@ -33,11 +38,6 @@ from tests.tiny_methods import (
     tiny_teacher,
     train_step,
 )
-from training.backbones import EncoderFactory, export, resolve_options
-from training.blocks.memory import Queue
-from training.config import Recipe
-from training.gradients import Pass, backward, gradient_of, has_batch_norm
-from training.method import MAIN_PHASE, Facts, Method, Progress
 
 each_case = pytest.mark.parametrize(("name", "encoder"), CASES)
 

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from headrace.training.blocks.targets import cross_entropy
+from headrace.training.blocks.tokens import kept_patches
+from headrace.training.methods.dino import Objective, dino_loss, teacher_temperature
+from headrace.training.methods.mae import normalize_patches, patchify, reconstruction_loss
+from headrace.training.methods.simclr import nt_xent
 from tests.objective_checks import Array, assert_same, differs, log_softmax, value_and_gradient
-from training.blocks.targets import cross_entropy
-from training.blocks.tokens import kept_patches
-from training.methods.dino import Objective, dino_loss, teacher_temperature
-from training.methods.mae import normalize_patches, patchify, reconstruction_loss
-from training.methods.simclr import nt_xent
 
 # ---- DINO: eq. 1 to 3 and algorithm 1; dino main_dino.py, DINOLoss.forward
 

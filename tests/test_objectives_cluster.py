@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from headrace.training.blocks import sinkhorn as sinkhorn_module
+from headrace.training.blocks.sinkhorn import sinkhorn
+from headrace.training.methods.deepcluster_v2 import deepcluster_v2_loss
+from headrace.training.methods.swav import swav_loss
 from tests.objective_checks import Array, assert_same, differs, log_softmax
-from training.blocks import sinkhorn as sinkhorn_module
-from training.blocks.sinkhorn import sinkhorn
-from training.methods.deepcluster_v2 import deepcluster_v2_loss
-from training.methods.swav import swav_loss
 
 # ---- Sinkhorn: swav main_swav.py, distributed_sinkhorn
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from headrace.training.blocks.info_nce import batch_info_nce, queue_info_nce
+from headrace.training.methods.moco_v3 import moco_v3_loss
 from tests.objective_checks import Array, assert_same, differs, value_and_gradient
-from training.blocks.info_nce import batch_info_nce, queue_info_nce
-from training.methods.moco_v3 import moco_v3_loss
 
 
 def embeddings(seed: int, *shape: int) -> Array:

@@ -9,13 +9,13 @@ import timm
 import torch
 from torch import Tensor
 
+from headrace.training.blocks.classifier_teacher import ClassifierTeacher, open_teacher
+from headrace.training.config import ConfigError
+from headrace.training.method import Facts
+from headrace.training.methods.deit import distillation_loss
+from headrace.training.methods.distill import imitation_loss
 from tests.objective_checks import Array, assert_same, differs, log_softmax, value_and_gradient
 from tests.tiny_methods import CLASSES, batch_of, build, progress_at, sgd, tiny_teacher, train_step
-from training.blocks.classifier_teacher import ClassifierTeacher, open_teacher
-from training.config import ConfigError
-from training.method import Facts
-from training.methods.deit import distillation_loss
-from training.methods.distill import imitation_loss
 
 FACTS = Facts(CLASSES, 64, (32,), 16, 4, 20)
 

@@ -9,6 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from headrace.training.backbones import EncoderFactory
+from headrace.training.config import ConfigError
+from headrace.training.method import Facts
+from headrace.training.methods.cpc import ContextBlock, GridEncoder, directed, prediction_loss
+from headrace.training.methods.dim import (
+    Scored,
+    deception_loss,
+    discriminator_loss,
+    information_loss,
+)
 from tests.objective_checks import Array, assert_same, differs, value_and_gradient
 from tests.tiny_methods import (
     batch_of,
@@ -18,11 +28,6 @@ from tests.tiny_methods import (
     progress_at,
     small_recipe,
 )
-from training.backbones import EncoderFactory
-from training.config import ConfigError
-from training.method import Facts
-from training.methods.cpc import ContextBlock, GridEncoder, directed, prediction_loss
-from training.methods.dim import Scored, deception_loss, discriminator_loss, information_loss
 
 # ---- DIM: eq. 2, 4 and 5 of arXiv 1808.06670; DIM `dim_losses.py` (fenchel_dual_loss, nce_loss,
 # donsker_varadhan_loss) and `gan_losses.py` (get_positive_expectation, get_negative_expectation)

@@ -13,9 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tests.objective_checks import Array, assert_same, differs
-from tests.tiny_methods import batch_of, build, progress_at
-from training.blocks.patches import (
+from headrace.training.blocks.patches import (
     if_even,
     mask_over,
     normalize_patches,
@@ -25,8 +23,10 @@ from training.blocks.patches import (
     reconstruction_loss,
     unpatchify,
 )
-from training.config import ConfigError
-from training.method import Facts
+from headrace.training.config import ConfigError
+from headrace.training.method import Facts
+from tests.objective_checks import Array, assert_same, differs
+from tests.tiny_methods import batch_of, build, progress_at
 
 
 def spark_oracle(

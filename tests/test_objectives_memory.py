@@ -13,10 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.batch import Batch
-from tests.objective_checks import Array, assert_same, differs, log_softmax, value_and_gradient
-from tests.tiny_methods import SAMPLES, batch_of, build, progress_at
-from training.blocks.nce import (
+from headrace.pipelines.batch import Batch
+from headrace.training.blocks.nce import (
     FeatureBank,
     estimate_log_normalizer,
     nce_loss,
@@ -24,10 +22,12 @@ from training.blocks.nce import (
     softmax_loss,
     unit,
 )
-from training.methods.cmc import Cmc
-from training.methods.invariant_spread import spreading_loss
-from training.methods.npid import Npid, proximal_term
-from training.methods.pair import logistic_loss, margin_loss, pair_cosines
+from headrace.training.methods.cmc import Cmc
+from headrace.training.methods.invariant_spread import spreading_loss
+from headrace.training.methods.npid import Npid, proximal_term
+from headrace.training.methods.pair import logistic_loss, margin_loss, pair_cosines
+from tests.objective_checks import Array, assert_same, differs, log_softmax, value_and_gradient
+from tests.tiny_methods import SAMPLES, batch_of, build, progress_at
 
 
 def float32(x: Array) -> Array:

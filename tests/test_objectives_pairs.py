@@ -12,6 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headrace.training.blocks.cosine import spread
+from headrace.training.methods.barlow_twins import barlow_twins_loss, cross_correlation
+from headrace.training.methods.byol import byol_loss
+from headrace.training.methods.simsiam import simsiam_loss
+from headrace.training.methods.vicreg import Objective, vicreg_loss
 from tests.objective_checks import (
     Array,
     assert_same,
@@ -19,11 +24,6 @@ from tests.objective_checks import (
     numeric_gradient,
     value_and_gradient,
 )
-from training.blocks.cosine import spread
-from training.methods.barlow_twins import barlow_twins_loss, cross_correlation
-from training.methods.byol import byol_loss
-from training.methods.simsiam import simsiam_loss
-from training.methods.vicreg import Objective, vicreg_loss
 
 
 def floats(random: np.random.Generator, *shape: int, scale: float = 1.0) -> Array:

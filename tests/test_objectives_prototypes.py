@@ -23,7 +23,17 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import training
+from headrace import training
+from headrace.training.blocks.sobel import Sobel
+from headrace.training.config import ConfigError, Optim
+from headrace.training.methods import pcl
+from headrace.training.methods.deepcluster import (
+    DeepCluster,
+    normalized_mutual_information,
+    uniform_over_clusters,
+)
+from headrace.training.methods.pcl import Pcl, compared, concentrations, proto_nce
+from headrace.training.optim import Schedule, build_optimizer
 from tests.objective_checks import Array, assert_same, differs, log_softmax
 from tests.tiny_methods import (
     SAMPLES,
@@ -33,16 +43,6 @@ from tests.tiny_methods import (
     progress_at,
     small_recipe,
 )
-from training.blocks.sobel import Sobel
-from training.config import ConfigError, Optim
-from training.methods import pcl
-from training.methods.deepcluster import (
-    DeepCluster,
-    normalized_mutual_information,
-    uniform_over_clusters,
-)
-from training.methods.pcl import Pcl, compared, concentrations, proto_nce
-from training.optim import Schedule, build_optimizer
 
 Ints = NDArray[np.int64]
 

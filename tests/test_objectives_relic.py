@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.batch import Batch
-from pipelines.recipe import Augmentation
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.recipe import Augmentation
+from headrace.training.config import ConfigError
+from headrace.training.method import Facts
+from headrace.training.methods.relic import relic_loss
+from headrace.training.methods.relic_v2 import RelicV2, relic_v2_loss, without_background
 from tests.objective_checks import Array, assert_same, differs, log_softmax
 from tests.tiny_methods import build, make_batch, module_of, progress_at, small_recipe
-from training.config import ConfigError
-from training.method import Facts
-from training.methods.relic import relic_loss
-from training.methods.relic_v2 import RelicV2, relic_v2_loss, without_background
 
 
 def unit(x: Array) -> Array:

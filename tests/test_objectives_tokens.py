@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.objective_checks import Array, assert_same, differs, log_softmax, value_and_gradient
-from training.blocks.koleo import koleo_loss
-from training.blocks.self_distillation import (
+from headrace.training.blocks.koleo import koleo_loss
+from headrace.training.blocks.self_distillation import (
     cross_view_entropy,
     mean_masked_logits,
     patch_loss,
     warmed_up,
 )
-from training.blocks.sinkhorn import sinkhorn
-from training.methods.ijepa import feature_loss
+from headrace.training.blocks.sinkhorn import sinkhorn
+from headrace.training.methods.ijepa import feature_loss
+from tests.objective_checks import Array, assert_same, differs, log_softmax, value_and_gradient
 
 Mask = NDArray[np.bool_]
 

@@ -12,11 +12,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipelines import order as order_module
-from pipelines import permutation
-from pipelines.counters import Kind
-from pipelines.order import Order, OrderError, Part, Shuffle, rank_slice
-from pipelines.permutation import permute
+from headrace.pipelines import order as order_module
+from headrace.pipelines import permutation
+from headrace.pipelines.counters import Kind
+from headrace.pipelines.order import Order, OrderError, Part, Shuffle, rank_slice
+from headrace.pipelines.permutation import permute
 
 SHUFFLES: tuple[Shuffle, ...] = ("full", "window", "none")
 PARTS: tuple[Part, ...] = ("train", "holdout")

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
-from pipelines import open_loader
-from pipelines.batch import Batch
-from pipelines.counters import OCCURRENCE_LIMIT
-from pipelines.draw import draw
-from pipelines.loader import Loader, LoaderError
-from pipelines.order import Order, OrderError, Part
-from pipelines.recipe import Augmentation, Draw, Flip, Integers, RandomResizedCrop, View
-from pipelines.table import make_table
+from headrace.pipelines import open_loader
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.counters import OCCURRENCE_LIMIT
+from headrace.pipelines.draw import draw
+from headrace.pipelines.loader import Loader, LoaderError
+from headrace.pipelines.order import Order, OrderError, Part
+from headrace.pipelines.recipe import Augmentation, Draw, Flip, Integers, RandomResizedCrop, View
+from headrace.pipelines.table import make_table
 
 SAMPLES, BATCH = 30, 8
 LENGTH = SAMPLES // BATCH * BATCH

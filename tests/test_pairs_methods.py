@@ -9,13 +9,13 @@ import timm
 import torch
 from torch import Tensor
 
-from pipelines import recipes
+from headrace.pipelines import recipes
+from headrace.training.config import ConfigError, Recipe
+from headrace.training.method import Facts, Method
+from headrace.training.methods.byol import Byol
+from headrace.training.methods.simsiam import SimSiam
+from headrace.training.optim import Schedule, build_optimizer
 from tests.tiny_methods import batch_of, build, module_of, progress_at, sgd, train_step
-from training.config import ConfigError, Recipe
-from training.method import Facts, Method
-from training.methods.byol import Byol
-from training.methods.simsiam import SimSiam
-from training.optim import Schedule, build_optimizer
 
 NAMES = ["byol", "simsiam", "barlow_twins", "vicreg"]
 

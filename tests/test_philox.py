@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import philox
-from pipelines.philox import uniforms, words
+from headrace.pipelines import philox
+from headrace.pipelines.philox import uniforms, words
 
 WORD = st.integers(0, 2**32 - 1)
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipelines import draw as draw_module
-from pipelines import plan as plan_module
-from pipelines.counters import PlanError
-from pipelines.draw import draw
-from pipelines.plan import Plan
-from pipelines.recipe import (
+from headrace.pipelines import draw as draw_module
+from headrace.pipelines import plan as plan_module
+from headrace.pipelines.counters import PlanError
+from headrace.pipelines.draw import draw
+from headrace.pipelines.plan import Plan
+from headrace.pipelines.recipe import (
     Augmentation,
     CenterCrop,
     ColorJitter,
@@ -253,7 +253,7 @@ def test_what_is_long_is_shown_in_part() -> None:
 
 def test_plan_and_order_need_no_torch() -> None:
     code = (
-        "import sys, pipelines.plan, pipelines.draw, pipelines.order, pipelines.recipes; "
+        "import sys; from headrace.pipelines import plan, draw, order, recipes; "
         "sys.exit(bool({'torch', 'scipy', 'pandas'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -21,7 +21,13 @@ import torch.distributed as dist
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from pipelines.batch import Batch
+from headrace.pipelines.batch import Batch
+from headrace.training.blocks.norm import convert
+from headrace.training.collectives import gather_with_gradient
+from headrace.training.config import Recipe
+from headrace.training.gradients import average, backward
+from headrace.training.method import Method
+from headrace.training.world import World, distributed
 from tests.tiny_methods import (
     CASES,
     TinyContext,
@@ -32,12 +38,6 @@ from tests.tiny_methods import (
     small_recipe,
     train_step,
 )
-from training.blocks.gather import gather_with_gradient
-from training.blocks.norm import convert
-from training.config import Recipe
-from training.gradients import average, backward
-from training.method import Method
-from training.world import World, distributed
 
 RANKS = 2
 TOLERANCE = 1e-5

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 
-from pipelines import recipes
+from headrace.pipelines import recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(ROOT / "tools"))
-    tables: Any = import_module("readme_tables")
+tables: Any = import_module("headrace.tools.readme_tables")
 
 WHERE = {
     "date": "2026-11-22T09:00:00+00:00",

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from pipelines import recipes
-from pipelines.declaration import augmentation_from
-from pipelines.engines.reference import gaussian_blur
-from pipelines.recipe import (
+from headrace.pipelines import recipes
+from headrace.pipelines.declaration import augmentation_from
+from headrace.pipelines.engines.reference import gaussian_blur
+from headrace.pipelines.recipe import (
     RAND_AUGMENT_OPERATIONS,
     Augmentation,
     BlockMask,
@@ -496,10 +496,10 @@ def test_all_recipes_differ_in_more_than_their_names() -> None:
 @pytest.mark.parametrize("name", recipes.NAMED)
 def test_every_recipe_can_be_printed(name: str) -> None:
     """A Python expression that gives the recipe back: what a person reads and can type again."""
-    import pipelines.recipe
+    from headrace.pipelines import recipe
 
     augmentation = recipes.named(name)
-    assert eval(repr(augmentation), dict(vars(pipelines.recipe))) == augmentation
+    assert eval(repr(augmentation), dict(vars(recipe))) == augmentation
 
 
 @pytest.mark.parametrize("name", recipes.NAMED)

@@ -16,18 +16,18 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from pipelines import engines, recipes
-from pipelines.draw import draw
-from pipelines.engines import Engine, SampleError, Work
-from pipelines.engines.device_stage import device_stage
-from pipelines.engines.reference import (
+from headrace.pipelines import engines, recipes
+from headrace.pipelines.draw import draw
+from headrace.pipelines.engines import Engine, SampleError, Work
+from headrace.pipelines.engines.device_stage import device_stage
+from headrace.pipelines.engines.reference import (
     BATCHES_IN_FLIGHT,
     apply_op,
     blur_kernel_size,
     decode,
     gaussian_blur,
 )
-from pipelines.recipe import (
+from headrace.pipelines.recipe import (
     Augmentation,
     CenterCrop,
     ColorJitter,

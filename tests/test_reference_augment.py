@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.data import auto_augment
 
-from pipelines.draw import draw
-from pipelines.engines.reference import apply_op
-from pipelines.engines.reference_augment import apply_operation
-from pipelines.recipe import (
+from headrace.pipelines.draw import draw
+from headrace.pipelines.engines.reference import apply_op
+from headrace.pipelines.engines.reference_augment import apply_operation
+from headrace.pipelines.recipe import (
     RAND_AUGMENT_OPERATIONS,
     Augmentation,
     CenterCrop,

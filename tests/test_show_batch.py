@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import recipes
-from pipelines.batch import Batch, Erased, Mixed
-from pipelines.engines.device_stage import device_stage, normalize
-from pipelines.recipe import BlockMask, MultiBlockMask, RandomMask
-from training.config import method_names
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch, Erased, Mixed
+from headrace.pipelines.engines.device_stage import device_stage, normalize
+from headrace.pipelines.recipe import BlockMask, MultiBlockMask, RandomMask
+from headrace.training.config import method_names
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"blue": (40, 60, 180), "green": (40, 160, 60), "red": (190, 50, 40)}
@@ -22,14 +22,12 @@ COLOURS = {"blue": (40, 60, 180), "green": (40, 160, 60), "red": (190, 50, 40)}
 
 @pytest.fixture(scope="module")
 def show_batch() -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tools"))
-        yield import_module("show_batch")
+    return import_module("headrace.tools.show_batch")
 
 
 @pytest.fixture(scope="module")
 def contact_sheet(show_batch: Any) -> Any:
-    return import_module("contact_sheet")
+    return import_module("headrace.tools.contact_sheet")
 
 
 @pytest.fixture(scope="module")

@@ -10,21 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
+from headrace.training.backbones import EncoderFactory, resolve_options
+from headrace.training.config import find_method
+from headrace.training.method import Facts
+from headrace.training.run import checkpoint
+from headrace.training.run.record import read_record
 from tests.test_evaluate import data, make_run  # noqa: F401  the fixture
-from training import checkpoint
-from training.backbones import EncoderFactory, resolve_options
-from training.config import find_method
-from training.evaluation.record import read_record
-from training.method import Facts
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def tool() -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tools"))
-        yield import_module("show_reconstruction")
+    return import_module("headrace.tools.show_reconstruction")
 
 
 def make_checkpoint(directory: Path, data: Path, method: str) -> None:  # noqa: F811
@@ -114,8 +112,8 @@ def test_a_method_from_elsewhere(
     """By its dotted name, and nothing but `reconstruct` is asked of it."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "painter.py").write_text(
-        "from training.methods.mae import *\n"
-        "from training.methods import mae\n"
+        "from headrace.training.methods.mae import *\n"
+        "from headrace.training.methods import mae\n"
         "class Painter(mae.Mae):\n"
         "    def reconstruct(self, batch):\n"
         "        return batch.views[0] * 0, 'grey everywhere'\n"

@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from headrace.training.backbones import EncoderFactory
+from headrace.training.config import ConfigError
+from headrace.training.method import Facts, Progress
 from tests.tiny_methods import (
     CLASSES,
     batch_of,
@@ -17,9 +20,6 @@ from tests.tiny_methods import (
     small_recipe,
     train_step,
 )
-from training.backbones import EncoderFactory
-from training.config import ConfigError
-from training.method import Facts, Progress
 
 
 def test_dino_moves_its_center_once_per_step_from_all_micro_batches() -> None:

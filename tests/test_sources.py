@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.index import ShardError
-from shards.manifest import ClassName
-from shards.matlab import read_matlab
-from shards.samples import SampleReader, SourceSplit, estimate_bytes
-from shards.sources import list_source
+from headrace.shards.index import ShardError
+from headrace.shards.manifest import ClassName
+from headrace.shards.sources import list_source
+from headrace.shards.sources.matlab import read_matlab
+from headrace.shards.sources.samples import SampleReader, SourceSplit, estimate_bytes
 
 # Written by scipy.io.savemat: four synsets in the devkit's form, the last one an inner node. The
 # order of ids (1, 2, 3) is not that of WordNet ids (n03, n01, n02), as in the real file.

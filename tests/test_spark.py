@@ -14,13 +14,13 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines.recipe import BlockMask, RandomMask
+from headrace.pipelines.recipe import BlockMask, RandomMask
+from headrace.training.backbones import EncoderFactory
+from headrace.training.blocks.norm import GlobalBatchNorm
+from headrace.training.blocks.sparse import VisibleCells, sparse
+from headrace.training.config import ConfigError
+from headrace.training.method import Facts
 from tests.tiny_methods import ENCODERS, batch_of, build, module_of, progress_at, small_recipe
-from training.backbones import EncoderFactory
-from training.blocks.norm import GlobalBatchNorm
-from training.blocks.sparse import VisibleCells, sparse
-from training.config import ConfigError
-from training.method import Facts
 
 GRID = (3, 2)
 

@@ -15,14 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import shards.foreign
-import shards.mapping
-from shards import ShardError, Store, open_store
-from shards.beton import beton_item
-from shards.dataset import write_dataset
-from shards.index import Record
-from shards.manifest import ClassName, Format
-from shards.store import dataset_splits, find_dataset
+from headrace.shards import ShardError, Store, foreign, mapping, open_store
+from headrace.shards.beton import beton_item
+from headrace.shards.dataset import write_dataset
+from headrace.shards.index import Record
+from headrace.shards.manifest import ClassName, Format
+from headrace.shards.store import dataset_splits, find_dataset
 
 FORMATS: tuple[Format, ...] = ("webdataset", "beton")
 COUNT = 11
@@ -238,7 +236,7 @@ def test_store_survives_a_fork(tmp_path: Path) -> None:
 
 
 def test_threads_share_a_store_with_few_open_files(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shards.mapping, "_mappings_at_most", lambda: 1)
+    monkeypatch.setattr(mapping, "_mappings_at_most", lambda: 1)
     store = open_store(written(tmp_path / "set", "webdataset"))
     expected = [source.image for source in records()]
     generator = np.random.default_rng(0)
@@ -320,7 +318,7 @@ def test_tar_index_is_kept_and_renewed(tmp_path: Path, cache_home: Path, monkeyp
         raise AssertionError(f"{path} was scanned again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.foreign, "scan_tar", refuse)
+        patch.setattr(foreign, "scan_tar", refuse)
         assert_same(open_store(pattern), first)
 
     write_plain_tar(tars[1], {"new": (image_bytes(99, 8, 9), 5)})
@@ -338,11 +336,11 @@ def test_tar_index_is_kept_and_renewed(tmp_path: Path, cache_home: Path, monkeyp
 
 def test_tar_index_goes_to_the_user_cache(tmp_path: Path, cache_home: Path, monkeypatch) -> None:
     three_tars(tmp_path / "tars")
-    monkeypatch.setattr(shards.foreign.os, "access", lambda *_: False)
+    monkeypatch.setattr(foreign.os, "access", lambda *_: False)
     store = open_store(tmp_path / "tars" / "*.tar")
     assert [p.suffix for p in (tmp_path / "tars").iterdir()] == [".tar"] * 3
     assert len(list((cache_home / "headrace").iterdir())) == 1
-    monkeypatch.setattr(shards.foreign, "scan_tar", None)
+    monkeypatch.setattr(foreign, "scan_tar", None)
     assert_same(store, open_store(tmp_path / "tars" / "*.tar"))
 
 
@@ -407,7 +405,7 @@ def test_class_folder(tmp_path: Path, monkeypatch) -> None:
     assert store.shard_starts.tolist() == [0, 3]
     assert_same(store, pickle.loads(pickle.dumps(store)))
     with monkeypatch.context() as patch:
-        patch.setattr(shards.foreign, "read_header", None)
+        patch.setattr(foreign, "read_header", None)
         assert_same(store, open_store(root))
     (root / "bird").mkdir()  # a class without images still moves the labels, as in ImageFolder
     assert open_store(root).labels([0, 1, 2]).tolist() == [1, 2, 2]
@@ -473,7 +471,7 @@ def test_what_is_not_recognised(tmp_path: Path, files, uri: str, words: str) -> 
 
 def test_shards_does_not_import_heavy_packages() -> None:
     program = (
-        "import sys, shards, shards.dataset; "
+        "import sys, shards, headrace.shards.dataset; "
         "print([m for m in ('torch', 'webdataset', 'ffcv', 'pyarrow') if m in sys.modules])"
     )
     ran = subprocess.run(

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.batch import Batch
+from headrace.pipelines.batch import Batch
+from headrace.training.config import ConfigError, Optim
+from headrace.training.methods.deepcluster_v2 import DeepClusterV2
+from headrace.training.methods.swav import SwAV
+from headrace.training.optim import Schedule, build_optimizer
 from tests.test_objectives_cluster import sinkhorn_oracle, swav_oracle
 from tests.tiny_methods import (
     SAMPLES,
@@ -24,10 +28,6 @@ from tests.tiny_methods import (
     small_recipe,
     train_step,
 )
-from training.config import ConfigError, Optim
-from training.methods.deepcluster_v2 import DeepClusterV2
-from training.methods.swav import SwAV
-from training.optim import Schedule, build_optimizer
 
 
 def make_swav(**changes: Any) -> SwAV:

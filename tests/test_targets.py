@@ -9,10 +9,10 @@ from timm.data import mixup
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor
 
-from pipelines.batch import Batch, Mixed
+from headrace.pipelines.batch import Batch, Mixed
+from headrace.training.blocks.targets import agreement, cross_entropy, has_label, soft_targets
+from headrace.training.methods import supervised
 from tests.tiny_methods import CLASSES, batch_of, build, progress_at
-from training.blocks.targets import agreement, cross_entropy, has_label, soft_targets
-from training.methods import supervised
 
 mixup_target: Any = mixup.mixup_target
 

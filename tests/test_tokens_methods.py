@@ -9,8 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from pipelines.batch import Batch
-from pipelines.recipe import BlockMask, MultiBlockMask, RandomMask
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.recipe import BlockMask, MultiBlockMask, RandomMask
+from headrace.training.backbones import EncoderFactory
+from headrace.training.blocks.dino_head import DinoHead
+from headrace.training.blocks.drop_path import KeyedDropPath
+from headrace.training.blocks.tokens import (
+    embed_patches,
+    encode_tokens,
+    kept_patches,
+    masked_patches,
+    most_masked,
+    take,
+)
+from headrace.training.config import ConfigError
+from headrace.training.method import Facts, Method, Progress
 from tests.tiny_methods import (
     batch_of,
     build,
@@ -22,19 +35,6 @@ from tests.tiny_methods import (
     small_recipe,
     train_step,
 )
-from training.backbones import EncoderFactory
-from training.blocks.dino_head import DinoHead
-from training.blocks.drop_path import KeyedDropPath
-from training.blocks.tokens import (
-    embed_patches,
-    encode_tokens,
-    kept_patches,
-    masked_patches,
-    most_masked,
-    take,
-)
-from training.config import ConfigError
-from training.method import Facts, Method, Progress
 
 NAMES = ["ibot", "dinov2"]
 

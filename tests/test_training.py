@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-import training
-from pipelines.batch import Batch
-from training import checkpoint
-from training.backbones import EncoderFactory, read_initial, resolve_options
-from training.config import ConfigError
-from training.guard import Guard, Signals
-from training.meters import Meters
-from training.world import World, from_main
+from headrace import training
+from headrace.pipelines.batch import Batch
+from headrace.training.backbones import EncoderFactory, read_initial, resolve_options
+from headrace.training.config import ConfigError
+from headrace.training.guard import Guard, Signals
+from headrace.training.meters import Meters
+from headrace.training.run import checkpoint
+from headrace.training.world import World, from_main
 
 TRAIN = Path(training.__file__).parent / "train.py"
 SAMPLES = 48
@@ -43,9 +43,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from pipelines import recipes
-from training.config import Optim, Recipe
-from training.method import Method
+from headrace.pipelines import recipes
+from headrace.training.config import Optim, Recipe
+from headrace.training.method import Method
 
 
 @dataclass(frozen=True)

@@ -23,20 +23,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import training.methods
-from pipelines import recipes
-from pipelines.batch import Batch
-from pipelines.draw import draw
-from pipelines.engines import Work
-from pipelines.engines.device_stage import device_stage
-from pipelines.recipe import Augmentation
-from training.backbones import EncoderFactory, export, resolve_options
-from training.config import ConfigError, Recipe
-from training.gradients import Pass, average, backward, gradient_of
-from training.method import Facts, Method, Progress
-from training.world import World
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.draw import draw
+from headrace.pipelines.engines import Work
+from headrace.pipelines.engines.device_stage import device_stage
+from headrace.pipelines.recipe import Augmentation
+from headrace.training import methods
+from headrace.training.backbones import EncoderFactory, export, resolve_options
+from headrace.training.config import ConfigError, Recipe
+from headrace.training.gradients import Pass, average, backward, gradient_of
+from headrace.training.method import Facts, Method, Progress
+from headrace.training.world import World
 
-NAMES = sorted(module.name for module in pkgutil.iter_modules(training.methods.__path__))
+NAMES = sorted(module.name for module in pkgutil.iter_modules(methods.__path__))
 ENCODERS: dict[str, dict[str, object]] = {
     "test_resnet": {"zero_init_last": False},
     "test_vit": {"patch_size": 4, "global_pool": "avg", "depth": 3},
@@ -109,7 +109,7 @@ def tiny_teacher() -> Path:
 
 
 def module_of(name: str) -> ModuleType:
-    return importlib.import_module(f"training.methods.{name}")
+    return importlib.import_module(f"headrace.training.methods.{name}")
 
 
 def small_recipe(name: str, **changes: object) -> Recipe:

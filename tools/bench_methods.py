@@ -23,9 +23,21 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from bench.methods_job import TEACHER, Bench, make_run, measure, measure_pixels, pixels_setting
-from bench.methods_process import Command, Job, run_jobs
-from bench.methods_rows import (
+
+from headrace.pipelines.loader import usable_cores
+from headrace.shards.atomic import atomic_file
+from headrace.shards.index import ShardError
+from headrace.shards.store import dataset_splits
+from headrace.tools.bench.methods.job import (
+    TEACHER,
+    Bench,
+    make_run,
+    measure,
+    measure_pixels,
+    pixels_setting,
+)
+from headrace.tools.bench.methods.process import Command, Job, run_jobs
+from headrace.tools.bench.methods.rows import (
     Row,
     RowsError,
     append_row,
@@ -35,13 +47,8 @@ from bench.methods_rows import (
     read_rows,
     table,
 )
-
-from pipelines.loader import usable_cores
-from shards.atomic import atomic_file
-from shards.index import ShardError
-from shards.store import dataset_splits
-from training.config import ConfigError, method_names
-from training.samples import open_train
+from headrace.training.config import ConfigError, method_names
+from headrace.training.inputs import open_train
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "tools/benchmarks"

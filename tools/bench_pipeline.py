@@ -19,18 +19,25 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench.data import DataError, describe, make_forms, whole_batches
-from bench.measure import Progress, Rounds, measure, say
-from bench.plot import draw
-from bench.proc import PROC
-from bench.report import table, verdicts
-from bench.result import Result, context_of, line
-from bench.task import DALI_READER, DECODE, OWN_ENGINES, PEERS, RECIPES, Output, Task
-
-from shards.atomic import atomic_file
-from shards.index import ShardError
-from shards.store import dataset_splits, open_store
-from shards.workers import usable_cores
+from headrace.shards.atomic import atomic_file
+from headrace.shards.index import ShardError
+from headrace.shards.store import dataset_splits, open_store
+from headrace.shards.workers import usable_cores
+from headrace.tools.bench.pipeline.data import DataError, describe, make_forms, whole_batches
+from headrace.tools.bench.pipeline.measure import Progress, Rounds, measure, say
+from headrace.tools.bench.pipeline.plot import draw
+from headrace.tools.bench.pipeline.report import table, verdicts
+from headrace.tools.bench.pipeline.result import Result, context_of, line
+from headrace.tools.bench.pipeline.task import (
+    DALI_READER,
+    DECODE,
+    OWN_ENGINES,
+    PEERS,
+    RECIPES,
+    Output,
+    Task,
+)
+from headrace.tools.bench.proc import PROC
 
 DESCRIPTION = """\
 Measure how many images per second our engines and other libraries turn into a model's input.

@@ -26,7 +26,12 @@ from statistics import fmean, median_low
 from typing import Any
 
 import torch
-from bench.alone import (
+
+from headrace.pipelines.loader import usable_cores
+from headrace.shards.atomic import atomic_file
+from headrace.shards.store import open_store
+from headrace.tools.bench.proc import processor
+from headrace.tools.bench.training.parts import (
     DECODING,
     data_files,
     first_samples,
@@ -35,25 +40,26 @@ from bench.alone import (
     read_alone,
     transfer_alone,
 )
-from bench.bound import Measured, Setting, decide, sentence
-from bench.proc import processor
-from bench.segment import BenchError, Segment, device_of, run_segment, settling_steps
-
-from pipelines.loader import usable_cores
-from shards.atomic import atomic_file
-from shards.store import open_store
-from training.checkpoint import versions
-from training.command_line import parse_command_line
-from training.config import Config, total_steps
-from training.ending import EXPECTED_ERRORS
-from training.samples import (
+from headrace.tools.bench.training.segment import (
+    BenchError,
+    Segment,
+    device_of,
+    run_segment,
+    settling_steps,
+)
+from headrace.tools.bench.training.verdict import Measured, Setting, decide, sentence
+from headrace.training.command_line import parse_command_line
+from headrace.training.config import Config, total_steps
+from headrace.training.ending import EXPECTED_ERRORS
+from headrace.training.inputs import (
     largest_side_pixels,
     open_train,
     open_training_loader,
     read_subset,
     with_paths,
 )
-from training.world import World
+from headrace.training.run.checkpoint import versions
+from headrace.training.world import World
 
 START_SECONDS = 15.0  # of a run until it is measured; a guess, corrected as time passes
 FROM_STORAGE = 0.9  # share of the bytes from which a reading counts as one from storage

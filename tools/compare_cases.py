@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipelines import recipes
-from pipelines.recipe import (
+from headrace.pipelines import recipes
+from headrace.pipelines.recipe import (
     IMAGENET_STD,
     RAND_AUGMENT_OPERATIONS,
     Augmentation,

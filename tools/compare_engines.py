@@ -26,22 +26,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench.proc import processor
-from compare_cases import LIMITS, PIXELS, Case, levels_of_one, op_cases, recipe_cases
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
-from readme_tables import agreement_table, cell
 
-from pipelines import engines, recipes
-from pipelines.batch import Batch, Erased, Mixed
-from pipelines.draw import draw
-from pipelines.engines import APPROXIMATIONS, Approximation, EngineName, Work
-from pipelines.engines.device_stage import device_stage
-from pipelines.engines.reference import decode
-from pipelines.recipe import Augmentation, RecipeError, resized_shape
-from shards.index import ShardError
-from shards.store import Store
-from training.samples import open_train
+from headrace.pipelines import engines, recipes
+from headrace.pipelines.batch import Batch, Erased, Mixed
+from headrace.pipelines.draw import draw
+from headrace.pipelines.engines import APPROXIMATIONS, Approximation, EngineName, Work
+from headrace.pipelines.engines.device_stage import device_stage
+from headrace.pipelines.engines.reference import decode
+from headrace.pipelines.recipe import Augmentation, RecipeError, resized_shape
+from headrace.shards.index import ShardError
+from headrace.shards.store import Store
+from headrace.tools.bench.proc import processor
+from headrace.tools.compare_cases import LIMITS, PIXELS, Case, levels_of_one, op_cases, recipe_cases
+from headrace.tools.readme_tables import agreement_table, cell
+from headrace.training.inputs import open_train
 
 COMPARED: tuple[EngineName, ...] = ("fused", "dali")
 CPU = torch.device("cpu")

@@ -26,20 +26,20 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from contact_sheet import Cell, Group, contact_sheet
 from numpy.typing import NDArray
 from PIL import Image
-from saliency import MEASURES, consensus, measured
-from saliency_network import MULTIPLE, SaliencyNetwork, new_network, predict, train
 from tqdm import tqdm
 
-from shards.atomic import atomic_file
-from shards.component import ComponentWriter, begin_component, component_directory
-from shards.index import ShardError, read_index
-from shards.manifest import Manifest
-from shards.parts import Note
-from shards.store import Store, open_store
-from shards.workers import usable_cores
+from headrace.shards.atomic import atomic_file
+from headrace.shards.component import ComponentWriter, begin_component, component_directory
+from headrace.shards.index import ShardError, read_index
+from headrace.shards.manifest import Manifest
+from headrace.shards.parts import Note
+from headrace.shards.store import Store, open_store
+from headrace.shards.workers import usable_cores
+from headrace.tools.contact_sheet import Cell, Group, contact_sheet
+from headrace.tools.masks.measures import MEASURES, consensus, measured
+from headrace.tools.masks.network import MULTIPLE, SaliencyNetwork, new_network, predict, train
 
 DESCRIPTION = """\
 Make saliency masks for DATA, which make_shards wrote: the component that `--method relic_v2` takes

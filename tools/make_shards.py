@@ -5,15 +5,15 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import get_args
+from typing import NoReturn, get_args
 
-from shards.convert import REPORT_FILE, Conversion, ConvertOptions, convert
-from shards.encode import EncodeOptions
-from shards.index import ShardError
-from shards.manifest import Format
-from shards.samples import SourceSplit, estimate_bytes
-from shards.sources import list_source
-from shards.workers import open_executor, usable_cores
+from headrace.shards.convert import REPORT_FILE, Conversion, ConvertOptions, convert
+from headrace.shards.encode import EncodeOptions
+from headrace.shards.index import ShardError
+from headrace.shards.manifest import Format
+from headrace.shards.sources import list_source
+from headrace.shards.sources.samples import SourceSplit, estimate_bytes
+from headrace.shards.workers import open_executor, usable_cores
 
 DESCRIPTION = """\
 Pack images into shards for training, checked, shuffled and indexed.
@@ -153,5 +153,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    command()

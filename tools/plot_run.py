@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from shards.atomic import atomic_file
-from training.config import ConfigError
-from training.evaluation.record import Record, read_record
+from headrace.shards.atomic import atomic_file
+from headrace.training.config import ConfigError
+from headrace.training.run.record import Record, read_record
 
 BLUE, GREEN, ORANGE, RED = "#2166ac", "#1b7837", "#d6730c", "#b2182b"
 SMOOTHED_FROM = 60  # logged steps; with fewer the line itself is readable

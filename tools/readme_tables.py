@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.methods_rows import is_pixels, table, verdicts
 
-from pipelines import recipes
-from pipelines.engines import finishes
-from pipelines.recipe import Augmentation
-from shards.atomic import atomic_file
+from headrace.pipelines import recipes
+from headrace.pipelines.engines import finishes
+from headrace.pipelines.recipe import Augmentation
+from headrace.shards.atomic import atomic_file
+from headrace.tools.bench.methods.rows import is_pixels, table, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "tools/benchmarks"
@@ -230,7 +230,7 @@ def methods_section(lines: Sequence[Line]) -> str:
 
 def recipes_section() -> str:
     """The named recipes: what each is, its views, how many deviations it lists, its GPU graph."""
-    from pipelines.engines.dali_inspect import graph_of
+    from headrace.pipelines.engines.dali.describe import graph_of
 
     rows = [["recipe", "what it is", "views", "deviations", "nodes of the GPU graph"]]
     for name, recipe in recipes.NAMED.items():

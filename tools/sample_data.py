@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from shards.atomic import atomic_file
-from shards.index import hash_file
+from headrace.shards.atomic import atomic_file
+from headrace.shards.index import hash_file
 
 DESCRIPTION = """\
 Fetch sample images.

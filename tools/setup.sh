@@ -67,6 +67,16 @@ make_environment() {
     fi
 }
 
+# shards/ is imported as headrace.shards. Python follows the hook of the editable install; type
+# checkers, which run no hooks, follow these links.
+link_packages() {
+    local folder
+    mkdir -p "$ROOT/.venv/links/headrace"
+    for folder in shards pipelines training tools; do
+        ln -sfn "../../../$folder" "$ROOT/.venv/links/headrace/$folder"
+    done
+}
+
 install_project() {
     local stamp="$ROOT/.venv/installed-from" wanted
     wanted=$(cat "$ROOT/pyproject.toml" "$ROOT/tools/setup.sh" | cksum; echo "$ROOT")
@@ -81,6 +91,7 @@ install_project() {
     fi
     "$PYTHON" -c 'import torch, torchvision, timm' ||
         fail "torch, torchvision and timm are installed but do not import together; delete .venv and run this again"
+    link_packages
     printf '%s\n' "$wanted" >"$stamp"
 }
 

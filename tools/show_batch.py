@@ -18,17 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from contact_sheet import CAPTION_HEIGHT, Cell, Group, contact_sheet, fitting_columns
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from readme_tables import number
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from pipelines.engines import APPROXIMATIONS, Approximation, Unsupported
-from pipelines.engines.reference import decode
-from pipelines.loader import LoaderError, open_loader
-from pipelines.recipe import (
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.engines import APPROXIMATIONS, Approximation, Unsupported
+from headrace.pipelines.engines.reference import decode
+from headrace.pipelines.loader import LoaderError, open_loader
+from headrace.pipelines.recipe import (
     Augmentation,
     BlockMask,
     Mask,
@@ -37,12 +35,14 @@ from pipelines.recipe import (
     RecipeError,
     View,
 )
-from shards.atomic import atomic_file
-from shards.index import ShardError
-from shards.store import Store
-from training.config import ConfigError, find_method, find_preset
-from training.evaluation.record import read_record
-from training.samples import largest_side_pixels, open_train
+from headrace.shards.atomic import atomic_file
+from headrace.shards.index import ShardError
+from headrace.shards.store import Store
+from headrace.tools.contact_sheet import CAPTION_HEIGHT, Cell, Group, contact_sheet, fitting_columns
+from headrace.tools.readme_tables import number
+from headrace.training.config import ConfigError, find_method, find_preset
+from headrace.training.inputs import largest_side_pixels, open_train
+from headrace.training.run.record import read_record
 
 LEAST_CELL_PIXELS = 144
 MASK_GREY = 150

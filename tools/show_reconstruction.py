@@ -18,24 +18,24 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from contact_sheet import Cell, Group, contact_sheet
 from numpy.typing import NDArray
 from PIL import Image
-from show_batch import LEAST_CELL_PIXELS, MASK_GREY, levels
 from torch import Tensor
 
-from pipelines.batch import Batch
-from pipelines.engines import Unsupported
-from pipelines.loader import LoaderError, open_loader
-from pipelines.recipe import BlockMask, RandomMask
-from shards.atomic import atomic_file
-from shards.index import ShardError
-from shards.store import Store
-from training import checkpoint
-from training.checkpoint import CheckpointError
-from training.config import ConfigError
-from training.evaluation.record import Record, built_method, read_record
-from training.samples import open_train, open_val
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.engines import Unsupported
+from headrace.pipelines.loader import LoaderError, open_loader
+from headrace.pipelines.recipe import BlockMask, RandomMask
+from headrace.shards.atomic import atomic_file
+from headrace.shards.index import ShardError
+from headrace.shards.store import Store
+from headrace.tools.contact_sheet import Cell, Group, contact_sheet
+from headrace.tools.show_batch import LEAST_CELL_PIXELS, MASK_GREY, levels
+from headrace.training.config import ConfigError
+from headrace.training.inputs import open_train, open_val
+from headrace.training.run import checkpoint
+from headrace.training.run.checkpoint import CheckpointError
+from headrace.training.run.record import Record, built_method, read_record
 
 Levels = NDArray[np.float32]
 

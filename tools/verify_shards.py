@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from shards.index import ShardError
-from shards.verify import verify, written_directories
+from headrace.shards.index import ShardError
+from headrace.shards.verify import verify, written_directories
 
 DESCRIPTION = """\
 Check data sets that make_shards wrote: counts, the sha256 of every shard, the content hash of every

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from shards.atomic import atomic_file
-from training.config import ConfigError
+from headrace.shards.atomic import atomic_file
+from headrace.training.config import ConfigError
 
 ENCODER_FILE = "encoder.safetensors"
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from training.backbones import EncoderFactory, read_initial
-from training.config import find_method
-from training.method import Facts, Method
+from headrace.training.backbones import EncoderFactory, read_initial
+from headrace.training.config import find_method
+from headrace.training.method import Facts, Method
 
 
 def build_method(

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
-from pipelines.recipe import (
+from headrace.pipelines.recipe import (
     Augmentation,
     Mix,
     OneOf,
@@ -27,7 +27,7 @@ from pipelines.recipe import (
     View,
     ViewOp,
 )
-from training.config import (
+from headrace.training.config import (
     SMALL_PIXELS,
     Config,
     ConfigError,

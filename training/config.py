@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from pipelines.engines import APPROXIMATIONS, Approximation
-from pipelines.recipe import Augmentation
+from headrace.pipelines.engines import APPROXIMATIONS, Approximation
+from headrace.pipelines.recipe import Augmentation
 
 SMALL_PIXELS = 64  # the largest image of a data set that --preset auto calls CIFAR-sized
 
@@ -297,7 +297,7 @@ def find_method(name: str) -> ModuleType:
     Raises ConfigError, listing what exists, for an unknown name, and for a module that is no
     method.
     """
-    module_name = name if "." in name else f"training.methods.{name}"
+    module_name = name if "." in name else f"headrace.training.methods.{name}"
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

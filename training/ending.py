@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from pipelines.engines import SampleError, Unsupported
-from pipelines.loader import LoaderError
-from pipelines.order import OrderError
-from pipelines.recipe import RecipeError
-from shards.index import ShardError
-from training.checkpoint import CheckpointError
-from training.config import ConfigError
-from training.world import WorldError, rank_from_environment
+from headrace.pipelines.engines import SampleError, Unsupported
+from headrace.pipelines.loader import LoaderError
+from headrace.pipelines.order import OrderError
+from headrace.pipelines.recipe import RecipeError
+from headrace.shards.index import ShardError
+from headrace.training.config import ConfigError
+from headrace.training.run.checkpoint import CheckpointError
+from headrace.training.world import WorldError, rank_from_environment
 
 EXPECTED_ERRORS = (
     CheckpointError,

@@ -17,24 +17,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from torch import nn
 
-from pipelines.engines import Approximation, choose
-from pipelines.loader import threads_per_rank, usable_cores
-from shards.atomic import atomic_file
-from shards.store import Store, dataset_splits, find_dataset
-from training.checkpoint import versions
-from training.config import ConfigError, approximations
-from training.ending import run_and_exit
-from training.evaluation.features import Features, extract
-from training.evaluation.knn import NEIGHBOURS, TEMPERATURE, KnnError, KnnResult, knn_accuracy
-from training.evaluation.linear import LinearError, LinearResult, Sweep, linear_accuracy
-from training.evaluation.record import Record, read_record, trained_encoder, untrained_encoder
-from training.samples import open_train, open_val
-from training.world import World, join
+from headrace.pipelines.engines import Approximation, choose
+from headrace.pipelines.loader import threads_per_rank, usable_cores
+from headrace.shards.atomic import atomic_file
+from headrace.shards.store import Store, dataset_splits, find_dataset
+from headrace.training.config import ConfigError, approximations
+from headrace.training.ending import run_and_exit
+from headrace.training.features import Features, extract
+from headrace.training.inputs import open_train, open_val
+from headrace.training.protocols.knn import (
+    NEIGHBOURS,
+    TEMPERATURE,
+    KnnError,
+    KnnResult,
+    knn_accuracy,
+)
+from headrace.training.protocols.linear import LinearError, LinearResult, Sweep, linear_accuracy
+from headrace.training.run.checkpoint import versions
+from headrace.training.run.record import Record, read_record, trained_encoder, untrained_encoder
+from headrace.training.world import World, join
 
 
 @dataclass(frozen=True)
@@ -379,5 +385,9 @@ def _facts(
     }
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
     run_and_exit(main)
+
+
+if __name__ == "__main__":
+    command()

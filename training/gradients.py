@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines.batch import Batch, concatenate
-from training.method import Method, Progress
-from training.world import World
+from headrace.pipelines.batch import Batch, concatenate
+from headrace.training.method import Method, Progress
+from headrace.training.world import World
 
 
 @dataclass

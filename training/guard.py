@@ -17,9 +17,9 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
-from pipelines.batch import Batch
-from training.blocks.memory import RowMemory
-from training.world import World, gather_objects, largest_over_ranks
+from headrace.pipelines.batch import Batch
+from headrace.training.blocks.memory import RowMemory
+from headrace.training.world import World, gather_objects, largest_over_ranks
 
 _HOST_IS_AHEAD_STEPS = 2
 """On CUDA the host reads flags of this many steps ago: deep enough for the device to be busy."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.world import World, mean_over_ranks
+from headrace.training.world import World, mean_over_ranks
 
 _SIGNIFICANT_DIGITS = 9
 """Of logged means: a float32's. Sums are float64, so that a resume in the middle of an interval

@@ -31,8 +31,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pipelines.batch import Batch
-from pipelines.recipe import IMAGENET_MEAN, IMAGENET_STD, Mask
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.recipe import IMAGENET_MEAN, IMAGENET_STD, Mask
 
 
 class MakeEncoder(Protocol):

@@ -17,9 +17,9 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor
 
-from training import schedules
-from training.config import Optim
-from training.large_batch import LAMB, LARC, LARS
+from headrace.training import schedules
+from headrace.training.config import Optim
+from headrace.training.large_batch import LAMB, LARC, LARS
 
 
 @dataclass(frozen=True)

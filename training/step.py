@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn, optim
 
-from pipelines.batch import Batch
-from training.gradients import Pass, average, backward, gradient_of
-from training.guard import Guard
-from training.meters import Meters
-from training.method import MAIN_PHASE, Method, Progress
-from training.optim import clip_gradients, gradient_norm
-from training.world import World, distributed
+from headrace.pipelines.batch import Batch
+from headrace.training.gradients import Pass, average, backward, gradient_of
+from headrace.training.guard import Guard
+from headrace.training.meters import Meters
+from headrace.training.method import MAIN_PHASE, Method, Progress
+from headrace.training.optim import clip_gradients, gradient_norm
+from headrace.training.world import World, distributed
 
 
 @dataclass(frozen=True)

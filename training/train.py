@@ -9,23 +9,21 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from pipelines.batch import Batch
-from pipelines.loader import Loader
-from shards.store import Store
-from training import checkpoint, optim
-from training.backbones import resolve_options
-from training.blocks import norm
-from training.build import build_method
-from training.command_line import parse_command_line
-from training.config import Config, steps_between, total_steps
-from training.ending import run_and_exit
-from training.gradients import has_batch_norm
-from training.guard import Guard, Signals, catch_signals
-from training.meters import Journal, Meters
-from training.method import Facts, Method, Progress
-from training.samples import (
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.loader import Loader
+from headrace.shards.store import Store
+from headrace.training import optim
+from headrace.training.backbones import resolve_options
+from headrace.training.blocks import norm
+from headrace.training.build import build_method
+from headrace.training.command_line import parse_command_line
+from headrace.training.config import Config, steps_between, total_steps
+from headrace.training.ending import run_and_exit
+from headrace.training.gradients import has_batch_norm
+from headrace.training.guard import Guard, Signals, catch_signals
+from headrace.training.inputs import (
     feature_pass,
     held_out_passes,
     largest_side_pixels,
@@ -34,9 +32,12 @@ from training.samples import (
     read_subset,
     with_paths,
 )
-from training.step import Step, early_parameters, model_for
-from training.validation import evaluates, validate
-from training.world import World, join, seed_layers
+from headrace.training.meters import Journal, Meters
+from headrace.training.method import Facts, Method, Progress
+from headrace.training.run import checkpoint
+from headrace.training.step import Step, early_parameters, model_for
+from headrace.training.validation import evaluates, validate
+from headrace.training.world import World, join, seed_layers
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -193,5 +194,9 @@ def forever(loader: Loader) -> Iterator[Batch]:
         yield from loader
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
     run_and_exit(main)
+
+
+if __name__ == "__main__":
+    command()

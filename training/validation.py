@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import torch
 
-from pipelines.loader import open_loader
-from training.evaluation.features import FeaturePass
-from training.method import Method
-from training.world import gather_objects
+from headrace.pipelines.loader import open_loader
+from headrace.training.features import FeaturePass
+from headrace.training.method import Method
+from headrace.training.world import gather_objects
 
 
 def evaluates(method: Method) -> bool:

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.batch import Batch, Erased, Mixed
-from pipelines.plan import Columns, Plan
-from pipelines.recipe import Augmentation
+from headrace.pipelines.batch import Batch, Erased, Mixed
+from headrace.pipelines.plan import Columns, Plan
+from headrace.pipelines.recipe import Augmentation
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -173,7 +173,7 @@ def give_way() -> None:
 
 
 def _module(name: EngineName) -> "ModuleType":
-    return import_module(f"pipelines.engines.{name}")
+    return import_module(f"headrace.pipelines.engines.{name}")
 
 
 def _dali_is_installed() -> bool:

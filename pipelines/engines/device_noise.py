@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from pipelines.noise import half_normal_quantiles
+from headrace.pipelines.noise import half_normal_quantiles
 
 _LOW = 0xFFFFFFFF
 _MULTIPLY_0 = 0xD2511F53
@@ -22,7 +22,7 @@ Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def philox(keys: torch.Tensor, counters: Words) -> Words:
-    """Philox 4x32-10, as `pipelines.philox.words`, of keys and counters that broadcast.
+    """Philox 4x32-10, as `headrace.pipelines.philox.words`, of keys and counters that broadcast.
 
     keys: int64, the bits of the 64-bit keys. counters and result: four words, int64 in [0, 2^32).
     """

@@ -17,8 +17,8 @@ from dataclasses import replace
 
 import torch
 
-from pipelines.batch import Batch, Erased, Mixed
-from pipelines.engines.device_noise import pixel_noise
+from headrace.pipelines.batch import Batch, Erased, Mixed
+from headrace.pipelines.engines.device_noise import pixel_noise
 
 # A CPU's caches should hold what is worked on; elsewhere a launch costs more than memory.
 _VALUES_AT_ONCE = {"cpu": 1 << 20}

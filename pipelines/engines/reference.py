@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import InterpolationMode, functional
 
-from pipelines.batch import Batch
-from pipelines.engines import Approximation, SampleError, Work
-from pipelines.engines.reference_augment import rand_augment
-from pipelines.recipe import (
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.engines import Approximation, SampleError, Work
+from headrace.pipelines.engines.reference_augment import rand_augment
+from headrace.pipelines.recipe import (
     Augmentation,
     CenterCrop,
     ColorJitter,

@@ -9,10 +9,10 @@ from collections.abc import Collection, Iterator
 
 import torch
 
-from pipelines.batch import Batch
-from pipelines.engines import Approximation, Work
-from pipelines.engines.device_stage import normalize
-from pipelines.recipe import Augmentation
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.engines import Approximation, Work
+from headrace.pipelines.engines.device_stage import normalize
+from headrace.pipelines.recipe import Augmentation
 
 
 class SyntheticEngine:

@@ -1,1 +1,1 @@
-"""What `bench_pipeline.py` and `bench_training.py` are made of: rows, peers, clocks, tables."""
+"""What the three benchmarks are made of, a folder each; and the machine under them."""

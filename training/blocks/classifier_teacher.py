@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.backbones import check_name
-from training.config import ConfigError
-from training.method import Facts
+from headrace.training.backbones import check_name
+from headrace.training.config import ConfigError
+from headrace.training.method import Facts
 
 CLASSIFIER_FILE = "classifier.safetensors"
 

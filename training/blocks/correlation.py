@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.blocks.gather import mean_over_ranks, sum_over_ranks, world_size
+from headrace.training.collectives import mean_over_ranks, sum_over_ranks, world_size
 
 
 class _SumForAll(torch.autograd.Function):

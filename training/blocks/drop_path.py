@@ -11,7 +11,7 @@ import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
-from training.method import Progress
+from headrace.training.method import Progress
 
 
 class KeyedDropPath(nn.Module):

@@ -9,19 +9,19 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from pipelines.batch import Batch
-from pipelines.recipe import Mask
-from training.blocks.drop_path import set_keys
-from training.blocks.tokens import (
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.recipe import Mask
+from headrace.training.blocks.drop_path import set_keys
+from headrace.training.blocks.tokens import (
     embed_patches,
     encode_tokens,
     masked_patches,
     most_masked,
     require_patches,
 )
-from training.blocks.views import GLOBAL_VIEWS, by_size
-from training.config import ConfigError
-from training.method import Progress
+from headrace.training.blocks.views import GLOBAL_VIEWS, by_size
+from headrace.training.config import ConfigError
+from headrace.training.method import Progress
 
 
 def masked_places(method: str, masks: Sequence[Mask | None], encoder: VisionTransformer) -> int:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.blocks.gather import gather_rows, rank, world_size
-from training.blocks.memory import RowMemory
-from training.method import Progress
+from headrace.training.blocks.memory import RowMemory
+from headrace.training.collectives import gather_rows, rank, world_size
+from headrace.training.method import Progress
 
 EPSILON = 1e-7
 """What the code adds to both denominators (`NCECriterion.py`)."""

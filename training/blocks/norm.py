@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from training.blocks.gather import sum_over_ranks
-from training.world import World
+from headrace.training.collectives import sum_over_ranks
+from headrace.training.world import World
 
 
 class _Normalize(torch.autograd.Function):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from training.blocks.gather import mean_over_ranks, rank, sum_over_ranks, world_size
-from training.blocks.norm import GlobalBatchNorm
-from training.config import ConfigError
+from headrace.training.blocks.norm import GlobalBatchNorm
+from headrace.training.collectives import mean_over_ranks, rank, sum_over_ranks, world_size
+from headrace.training.config import ConfigError
 
 
 class GroupedBatchNorm(GlobalBatchNorm):

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from pipelines.recipe import RandomMask
-from training.config import ConfigError
-from training.method import Facts
+from headrace.pipelines.recipe import RandomMask
+from headrace.training.config import ConfigError
+from headrace.training.method import Facts
 
 
 def patchify(pictures: Tensor, patch: int) -> Tensor:

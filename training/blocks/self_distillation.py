@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from training.blocks.gather import mean_over_ranks, sum_over_ranks
-from training.schedules import linear
+from headrace.training.collectives import mean_over_ranks, sum_over_ranks
+from headrace.training.schedules import linear
 
 
 def cross_view_entropy(student: Tensor, targets: Tensor, student_temperature: float) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from training.blocks.gather import gather_rows
+from headrace.training.collectives import gather_rows
 
 
 @torch.no_grad()

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from training.blocks.drop_path import KeyedDropPath
-from training.config import ConfigError
-from training.method import MakeEncoder
+from headrace.training.blocks.drop_path import KeyedDropPath
+from headrace.training.config import ConfigError
+from headrace.training.method import MakeEncoder
 
 MIXES_POSITIONS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 LEAVES_ZEROS = (nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU)

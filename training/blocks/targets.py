@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.batch import Mixed
+from headrace.pipelines.batch import Mixed
 
 
 def has_label(labels: Tensor, mixed: Mixed | None) -> Tensor:

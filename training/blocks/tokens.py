@@ -12,9 +12,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pipelines.recipe import BlockMask, Mask, MultiBlockMask, RandomMask
-from training.config import ConfigError
-from training.method import MakeEncoder
+from headrace.pipelines.recipe import BlockMask, Mask, MultiBlockMask, RandomMask
+from headrace.training.config import ConfigError
+from headrace.training.method import MakeEncoder
 
 
 def vision_transformer(

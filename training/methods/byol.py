@@ -19,14 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from training.blocks.cosine import cosine_to_other_view, spread
-from training.blocks.heads import Mlp, feature_dim
-from training.blocks.teacher import follow
-from training.config import ConfigError, Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
-from training.schedules import cosine
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.training.blocks.cosine import cosine_to_other_view, spread
+from headrace.training.blocks.heads import Mlp, feature_dim
+from headrace.training.blocks.teacher import follow
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.schedules import cosine
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from pipelines.recipe import Augmentation
-from training.blocks.color import rgb_to_lab, rgb_to_ycbcr
-from training.blocks.heads import feature_dim
-from training.blocks.nce import FeatureBank, own_and_noise, unit
-from training.config import ConfigError, Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.recipe import Augmentation
+from headrace.training.blocks.color import rgb_to_lab, rgb_to_ycbcr
+from headrace.training.blocks.heads import feature_dim
+from headrace.training.blocks.nce import FeatureBank, own_and_noise, unit
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
 
 ColorSpace = Literal["lab", "ycbcr"]
 

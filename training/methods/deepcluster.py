@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from pipelines.recipe import (
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.recipe import (
     Augmentation,
     ColorJitter,
     Flip,
@@ -32,12 +32,12 @@ from pipelines.recipe import (
     RandomResizedCrop,
     View,
 )
-from training.blocks.heads import feature_dim
-from training.blocks.kmeans import kmeans, table_by_id, whiten, whole_share
-from training.blocks.memory import RowMemory
-from training.blocks.sobel import SobelEncoder
-from training.config import ConfigError, Optim, Recipe
-from training.method import Context, Facts, MakeEncoder, Method, Progress
+from headrace.training.blocks.heads import feature_dim
+from headrace.training.blocks.kmeans import kmeans, table_by_id, whiten, whole_share
+from headrace.training.blocks.memory import RowMemory
+from headrace.training.blocks.sobel import SobelEncoder
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Context, Facts, MakeEncoder, Method, Progress
 
 
 @dataclass(frozen=True)

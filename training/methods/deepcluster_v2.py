@@ -24,15 +24,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from training.blocks.gather import gather_rows, mean_over_ranks, rank, sum_over_ranks, world_size
-from training.blocks.heads import Mlp, feature_dim
-from training.blocks.kmeans import kmeans, table_by_id
-from training.blocks.memory import RowMemory
-from training.blocks.views import GLOBAL_VIEWS, by_size, require_global_views
-from training.config import ConfigError, Optim, Recipe
-from training.method import Context, Facts, MakeEncoder, Method, Progress
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.training.blocks.heads import Mlp, feature_dim
+from headrace.training.blocks.kmeans import kmeans, table_by_id
+from headrace.training.blocks.memory import RowMemory
+from headrace.training.blocks.views import GLOBAL_VIEWS, by_size, require_global_views
+from headrace.training.collectives import (
+    gather_rows,
+    mean_over_ranks,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Context, Facts, MakeEncoder, Method, Progress
 
 GLOBAL_NAME = "global_view"  # of the two in the augmentation
 

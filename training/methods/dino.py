@@ -18,23 +18,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from training.blocks.dino_head import DinoHead
-from training.blocks.drop_path import key_drop_paths, set_keys
-from training.blocks.heads import feature_dim
-from training.blocks.self_distillation import (
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.training.blocks.dino_head import DinoHead
+from headrace.training.blocks.drop_path import key_drop_paths, set_keys
+from headrace.training.blocks.heads import feature_dim
+from headrace.training.blocks.self_distillation import (
     clip_each,
     dino_loss,
     mean_logits,
     teacher_probabilities,
     warmed_up,
 )
-from training.blocks.teacher import follow, start_equal
-from training.blocks.views import GLOBAL_VIEWS, by_size, require_global_views
-from training.config import Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
-from training.schedules import cosine
+from headrace.training.blocks.teacher import follow, start_equal
+from headrace.training.blocks.views import GLOBAL_VIEWS, by_size, require_global_views
+from headrace.training.config import Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.schedules import cosine
 
 
 @dataclass(frozen=True)

@@ -20,22 +20,22 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from training.blocks import masked_views
-from training.blocks import self_distillation as losses
-from training.blocks.dino_head import DinoHead, Prototypes
-from training.blocks.drop_path import set_drop_paths
-from training.blocks.gather import gather_with_gradient, rank
-from training.blocks.koleo import koleo_loss
-from training.blocks.layer_decay import decayed_groups
-from training.blocks.sinkhorn import sinkhorn
-from training.blocks.teacher import follow, start_equal
-from training.blocks.tokens import take, vision_transformer
-from training.blocks.views import require_global_views
-from training.config import Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
-from training.schedules import cosine
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.training.blocks import masked_views
+from headrace.training.blocks import self_distillation as losses
+from headrace.training.blocks.dino_head import DinoHead, Prototypes
+from headrace.training.blocks.drop_path import set_drop_paths
+from headrace.training.blocks.koleo import koleo_loss
+from headrace.training.blocks.layer_decay import decayed_groups
+from headrace.training.blocks.sinkhorn import sinkhorn
+from headrace.training.blocks.teacher import follow, start_equal
+from headrace.training.blocks.tokens import take, vision_transformer
+from headrace.training.blocks.views import require_global_views
+from headrace.training.collectives import gather_with_gradient, rank
+from headrace.training.config import Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.schedules import cosine
 
 BACKBONE_OPTIONS = {"global_pool": "token", "fc_norm": False}
 

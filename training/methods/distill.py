@@ -19,15 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from training.backbones import with_classifier
-from training.blocks.classifier_teacher import LazyTeacher
-from training.blocks.gather import mean_over_ranks
-from training.blocks.heads import feature_dim
-from training.blocks.targets import cross_entropy, has_label
-from training.config import ConfigError, Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.training.backbones import with_classifier
+from headrace.training.blocks.classifier_teacher import LazyTeacher
+from headrace.training.blocks.heads import feature_dim
+from headrace.training.blocks.targets import cross_entropy, has_label
+from headrace.training.collectives import mean_over_ranks
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
 
 INIT_IS_TEACHER = True
 

@@ -25,13 +25,13 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from pipelines.masks import block_size
-from pipelines.recipe import MultiBlockMask
-from training.blocks.positions import fix_positions, sine_cosine
-from training.blocks.teacher import follow, start_equal
-from training.blocks.tokens import (
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.masks import block_size
+from headrace.pipelines.recipe import MultiBlockMask
+from headrace.training.blocks.positions import fix_positions, sine_cosine
+from headrace.training.blocks.teacher import follow, start_equal
+from headrace.training.blocks.tokens import (
     embed_patches,
     encode_tokens,
     masked_patches,
@@ -40,9 +40,9 @@ from training.blocks.tokens import (
     take,
     vision_transformer,
 )
-from training.config import ConfigError, Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
-from training.schedules import linear
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.schedules import linear
 
 BACKBONE_OPTIONS = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 JUDGED_BY = "linear"

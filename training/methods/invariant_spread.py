@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from pipelines.recipe import Augmentation
-from training.blocks.gather import gather_rows, rank
-from training.blocks.heads import feature_dim
-from training.config import ConfigError, Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.recipe import Augmentation
+from headrace.training.blocks.heads import feature_dim
+from headrace.training.collectives import gather_rows, rank
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
 
 _LARGEST_LOG = -1e-6
 """Keeps log(1 - P) finite where float32 takes P for 1."""

@@ -18,9 +18,9 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from training.blocks.patches import (
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.training.blocks.patches import (
     as_pictures,
     if_even,
     mask_over,
@@ -29,8 +29,8 @@ from training.blocks.patches import (
     random_mask,
     reconstruction_loss,
 )
-from training.blocks.positions import fix_positions, sine_cosine
-from training.blocks.tokens import (
+from headrace.training.blocks.positions import fix_positions, sine_cosine
+from headrace.training.blocks.tokens import (
     embed_patches,
     encode_tokens,
     kept_patches,
@@ -39,8 +39,8 @@ from training.blocks.tokens import (
     take,
     vision_transformer,
 )
-from training.config import ConfigError, Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
 
 BACKBONE_OPTIONS = {"global_pool": "avg", "fc_norm": False}
 JUDGED_BY = "linear"

@@ -28,16 +28,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from training.blocks.gather import gather_rows, gather_with_gradient, rank
-from training.blocks.heads import feature_dim
-from training.blocks.info_nce import batch_info_nce, queue_info_nce
-from training.blocks.memory import Queue, RowMemory
-from training.blocks.norm_groups import group_norms, require_groups
-from training.blocks.teacher import follow, start_equal
-from training.config import ConfigError, Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.training.blocks.heads import feature_dim
+from headrace.training.blocks.info_nce import batch_info_nce, queue_info_nce
+from headrace.training.blocks.memory import Queue, RowMemory
+from headrace.training.blocks.norm_groups import group_norms, require_groups
+from headrace.training.blocks.teacher import follow, start_equal
+from headrace.training.collectives import gather_rows, gather_with_gradient, rank
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,16 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from training.blocks.gather import gather_rows, rank
-from training.blocks.heads import Mlp, feature_dim
-from training.blocks.info_nce import batch_info_nce
-from training.blocks.positions import sine_cosine
-from training.blocks.teacher import follow, start_equal
-from training.config import ConfigError, Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
-from training.schedules import cosine
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.training.blocks.heads import Mlp, feature_dim
+from headrace.training.blocks.info_nce import batch_info_nce
+from headrace.training.blocks.positions import sine_cosine
+from headrace.training.blocks.teacher import follow, start_equal
+from headrace.training.collectives import gather_rows, rank
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.schedules import cosine
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from pipelines.recipe import Augmentation
-from training.blocks.heads import feature_dim
-from training.blocks.nce import FeatureBank, own_and_noise, unit
-from training.config import ConfigError, Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.recipe import Augmentation
+from headrace.training.blocks.heads import feature_dim
+from headrace.training.blocks.nce import FeatureBank, own_and_noise, unit
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
 
 
 @dataclass(frozen=True)

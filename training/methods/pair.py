@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from training.blocks.gather import gather_with_gradient, rank, world_size
-from training.blocks.heads import Mlp, feature_dim
-from training.config import ConfigError, Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.training.blocks.heads import Mlp, feature_dim
+from headrace.training.collectives import gather_with_gradient, rank, world_size
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
 
 
 @dataclass(frozen=True)

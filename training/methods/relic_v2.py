@@ -25,18 +25,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from pipelines.recipe import Augmentation, Draw, Uniform
-from training.blocks.cosine import spread
-from training.blocks.gather import gather_rows, rank
-from training.blocks.heads import Mlp, feature_dim
-from training.blocks.teacher import follow
-from training.blocks.views import by_size
-from training.config import ConfigError, Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
-from training.methods.relic import divergence
-from training.schedules import cosine
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.pipelines.recipe import Augmentation, Draw, Uniform
+from headrace.training.blocks.cosine import spread
+from headrace.training.blocks.heads import Mlp, feature_dim
+from headrace.training.blocks.teacher import follow
+from headrace.training.blocks.views import by_size
+from headrace.training.collectives import gather_rows, rank
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.methods.relic import divergence
+from headrace.training.schedules import cosine
 
 SALIENCY = "saliency"  # the component of a data set, and the draw of who is masked
 BACKGROUND = "background"  # the draw of a grey, in standard deviations from the mean colour

@@ -21,10 +21,10 @@ import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from training.blocks.drop_path import key_drop_paths, set_keys
-from training.blocks.patches import (
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.training.blocks.drop_path import key_drop_paths, set_keys
+from headrace.training.blocks.patches import (
     as_pictures,
     if_even,
     mask_over,
@@ -33,10 +33,10 @@ from training.blocks.patches import (
     random_mask,
     reconstruction_loss,
 )
-from training.blocks.sparse import VisibleCells, residual_network, sparse
-from training.blocks.tokens import kept_patches, most_masked
-from training.config import ConfigError, Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.blocks.sparse import VisibleCells, residual_network, sparse
+from headrace.training.blocks.tokens import kept_patches, most_masked
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
 
 JUDGED_BY = "linear"
 SCALES = 4  # maps that the decoder takes, the last one and those of twice its resolution, ...

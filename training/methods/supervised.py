@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from training.backbones import with_classifier
-from training.blocks.drop_path import key_drop_paths, set_keys
-from training.blocks.gather import mean_over_ranks
-from training.blocks.heads import feature_dim
-from training.blocks.targets import agreement, cross_entropy, has_label
-from training.blocks.weight_decay import token_free_groups
-from training.config import ConfigError, Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.training.backbones import with_classifier
+from headrace.training.blocks.drop_path import key_drop_paths, set_keys
+from headrace.training.blocks.heads import feature_dim
+from headrace.training.blocks.targets import agreement, cross_entropy, has_label
+from headrace.training.blocks.weight_decay import token_free_groups
+from headrace.training.collectives import mean_over_ranks
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
 
 
 @dataclass(frozen=True)

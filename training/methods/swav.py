@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from training.blocks.gather import gather_rows, rank, world_size
-from training.blocks.heads import Mlp, feature_dim
-from training.blocks.memory import Queue
-from training.blocks.self_distillation import cross_view_entropy
-from training.blocks.sinkhorn import sinkhorn
-from training.blocks.views import GLOBAL_VIEWS, by_size, require_global_views
-from training.config import ConfigError, Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.training.blocks.heads import Mlp, feature_dim
+from headrace.training.blocks.memory import Queue
+from headrace.training.blocks.self_distillation import cross_view_entropy
+from headrace.training.blocks.sinkhorn import sinkhorn
+from headrace.training.blocks.views import GLOBAL_VIEWS, by_size, require_global_views
+from headrace.training.collectives import gather_rows, rank, world_size
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines import recipes
-from pipelines.batch import Batch
-from training.blocks.correlation import centered, off_diagonal, sum_for_all
-from training.blocks.cosine import spread
-from training.blocks.gather import world_size
-from training.blocks.heads import Mlp, feature_dim
-from training.config import ConfigError, Optim, Recipe
-from training.method import Facts, MakeEncoder, Method, Progress
+from headrace.pipelines import recipes
+from headrace.pipelines.batch import Batch
+from headrace.training.blocks.correlation import centered, off_diagonal, sum_for_all
+from headrace.training.blocks.cosine import spread
+from headrace.training.blocks.heads import Mlp, feature_dim
+from headrace.training.collectives import world_size
+from headrace.training.config import ConfigError, Optim, Recipe
+from headrace.training.method import Facts, MakeEncoder, Method, Progress
 
 _EPSILON = 1e-4
 """Keeps the gradient of the standard deviation finite (eq. 2)."""

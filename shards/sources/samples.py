@@ -1,0 +1,205 @@
+"""What a source is made of: samples that point at bytes, and the reading of those bytes.
+
+A listing of a million samples is made once and cut into chunks that travel to worker processes, so
+a sample is small and picklable: where its bytes lie, not the bytes. Samples stand in the order in
+which they lie on disk; a worker that gets consecutive ones reads forwards, and opens a Parquet row
+group or an array file once.
+"""
+
+import math
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, assert_never
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.shards.index import ShardError
+from headrace.shards.manifest import ClassName
+
+
+@dataclass(frozen=True, slots=True)
+class FileReference:
+    """A whole file."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class RangeReference:
+    """`length` bytes at `offset` of a file: a member of a tar, or of a tar inside a tar."""
+
+    path: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetReference:
+    """`<column>.bytes` in a row of a row group; `row` counts within the group."""
+
+    path: str
+    column: str
+    row_group: int
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayReference:
+    """images[row] of an .npz file: uint8 pixels [height, width, 3], not an image file."""
+
+    path: str
+    row: int
+
+
+Reference = FileReference | RangeReference | ParquetReference | ArrayReference
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image of a source: its name there (for people), its label (-1 = none), its bytes."""
+
+    name: str
+    label: int
+    reference: Reference
+
+
+@dataclass(frozen=True)
+class SourceSplit:
+    """One split of a source.
+
+    name: "train", "val", "test", or "" if the source has no splits. kind: what was recognised, in
+    words. classes: position = label. notes: sentences about what a user may not expect.
+    """
+
+    name: str
+    kind: str
+    classes: tuple[ClassName, ...]
+    samples: Sequence[Sample]
+    notes: tuple[str, ...] = ()
+
+
+def estimate_bytes(samples: Sequence[Sample], looked_at: int = 256) -> int:
+    """About how many bytes the samples hold, from looking at a few of them; no byte is read."""
+    step = max(1, len(samples) // looked_at)
+    some = [_estimate_one(sample.reference) for sample in samples[::step]]
+    return round(sum(some) / len(some) * len(samples)) if some else 0
+
+
+def _estimate_one(reference: Reference) -> float:
+    try:
+        match reference:
+            case FileReference(path):
+                return os.path.getsize(path)
+            case RangeReference():
+                return reference.length
+            case ParquetReference(path):
+                import pyarrow.parquet
+
+                return os.path.getsize(path) / pyarrow.parquet.read_metadata(path).num_rows
+            case ArrayReference(path):
+                return math.prod(open_images(path).shape[1:])
+            case _:
+                assert_never(reference)
+    except OSError:
+        return 0  # reading it will say what is wrong
+
+
+class SampleReader:
+    """Reads what references point at; keeps the last file open. Not for sharing among threads."""
+
+    def __init__(self) -> None:
+        self._file: tuple[str, BinaryIO] | None = None
+        self._row_group: tuple[tuple[str, str, int], Any] | None = None
+        self._images: tuple[str, NDArray[np.uint8]] | None = None
+
+    def read(self, sample: Sample) -> bytes | NDArray[np.uint8]:
+        """The bytes of an image file, or pixels uint8 [height, width, 3].
+
+        Raises `ShardError` if they cannot be read. What they contain is not judged here.
+        """
+        reference = sample.reference
+        try:
+            match reference:
+                case FileReference(path):
+                    return Path(path).read_bytes()
+                case RangeReference():
+                    return self._read_range(reference)
+                case ParquetReference():
+                    return self._read_cell(reference)
+                case ArrayReference(path, row):
+                    if self._images is None or self._images[0] != path:
+                        self._images = (path, open_images(path))
+                    return np.asarray(self._images[1][row])
+                case _:
+                    assert_never(reference)
+        except OSError as error:
+            raise ShardError(
+                f"cannot read {reference.path}: {error.strerror or error}; make it readable or take"
+                " it out of the source, then run again"
+            ) from error
+
+    def close(self) -> None:
+        """Close the file kept open; reading again opens it again."""
+        if self._file is not None:
+            self._file[1].close()
+        self._file = self._row_group = self._images = None
+
+    def _read_range(self, reference: RangeReference) -> bytes:
+        if self._file is None or self._file[0] != reference.path:
+            self.close()
+            self._file = (reference.path, open(reference.path, "rb"))  # noqa: SIM115
+        file = self._file[1]
+        file.seek(reference.offset)
+        data = file.read(reference.length)
+        if len(data) != reference.length:
+            raise ShardError(f"{reference.path} ends early: it was not copied completely")
+        return data
+
+    def _read_cell(self, reference: ParquetReference) -> bytes:
+        import pyarrow
+        import pyarrow.parquet
+
+        key = (reference.path, reference.column, reference.row_group)
+        if self._row_group is None or self._row_group[0] != key:
+            try:
+                with pyarrow.parquet.ParquetFile(reference.path) as file:
+                    table = file.read_row_group(
+                        reference.row_group, columns=[f"{reference.column}.bytes"]
+                    )
+            except pyarrow.ArrowException as error:
+                raise ShardError(f"{reference.path} is damaged: {error}") from error
+            self._row_group = (key, table.column(reference.column).combine_chunks().field("bytes"))
+        cell = self._row_group[1][reference.row].as_py()
+        if cell is None:
+            raise ShardError(
+                f"{reference.path}: row {reference.row} of row group {reference.row_group} holds a "
+                "path and no bytes; embed the images in the Parquet files"
+            )
+        return cell
+
+
+def open_images(path: str) -> NDArray[np.uint8]:
+    """`images` of an .npz file; mapped into memory where it is stored uncompressed."""
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo("images.npy")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            with np.load(path, allow_pickle=False) as arrays:
+                return arrays["images"]
+    with open(path, "rb") as file:
+        # The local header repeats the name and has an extra field of its own length.
+        file.seek(entry.header_offset + 26)
+        lengths = np.frombuffer(file.read(4), "<u2")
+        file.seek(entry.header_offset + 30 + int(lengths.sum()))
+        version = np.lib.format.read_magic(file)
+        read_header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        shape, fortran_order, dtype = read_header(file)
+        order = "F" if fortran_order else "C"
+        return np.memmap(path, dtype, "r", offset=file.tell(), shape=shape, order=order)

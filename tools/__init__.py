@@ -1,0 +1,1 @@
+"""Scripts over the packages, and what they share; no package imports them."""

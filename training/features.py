@@ -1,0 +1,189 @@
+"""Features of a data set: the run's encoder over its own engine and the recipe's test view.
+
+kNN, a linear probe and methods that cluster (`Method.before_epoch`) all take this one path. Every
+sample is seen exactly once for any number of ranks; each rank keeps its own share on its device.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from headrace.pipelines.engines import Approximation
+from headrace.pipelines.loader import open_loader
+from headrace.pipelines.recipe import Augmentation
+from headrace.shards.store import Store
+from headrace.training.world import World
+
+Precision = Literal["fp32", "bf16"]
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+class Features(NamedTuple):
+    """One rank's share: ids int64 [n], features float32 [n, D], labels int64 [n] (-1 = none)."""
+
+    ids: Tensor
+    features: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class FeaturePass:
+    """A way through a data set, and the `Context` that a method's `before_epoch` is given.
+
+    views: single-view augmentations by name, "test" among them. batch_size: images per rank.
+    holdout, part, subset, seed: which samples, as in `open_loader`; by default all. approximate: as
+    there.
+    """
+
+    store: Store
+    views: Mapping[str, Augmentation]
+    batch_size: int
+    engine: str
+    world: World
+    threads: int | None = None
+    precision: Precision = "fp32"
+    seed: int = 0
+    holdout: float = 0.0
+    part: Literal["train", "holdout"] = "train"
+    subset: NDArray[np.int64] | None = None
+    approximate: tuple[Approximation, ...] = ()
+
+    def features(
+        self, module: Callable[[Tensor], Tensor], view: str = "test"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (ids int64 [n], features float32 [n, D]) of this rank's share of the set."""
+        for ids, features, _ in self.batches(module, view):
+            yield ids, features
+
+    def batches(self, module: Callable[[Tensor], Tensor], view: str = "test") -> Iterator[Features]:
+        """The same with labels, a batch at a time, by ascending ids.
+
+        A module runs in eval mode and without gradients, and is as it was whenever a batch is out.
+        """
+        augmentation = self.views[view]
+        if len(augmentation.flat_views) != 1:
+            raise ValueError(
+                f"features are taken of one view per image; {augmentation.name!r} has "
+                f"{len(augmentation.flat_views)}"
+            )
+        # One picture has one feature: no partner's pixels, no whole groups to be had at the end.
+        alone = replace(augmentation, mix=None, group=1)
+        with open_loader(
+            self.store,
+            alone,
+            batch_size=self.batch_size * self.world.size,
+            seed=self.seed,
+            engine=self.engine,
+            device=self.world.device,
+            shuffle="none",
+            drop_last=False,
+            holdout=self.holdout,
+            part=self.part,
+            subset=self.subset,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            threads=self.threads,
+            passes=1,
+            approximate=self.approximate,
+        ) as loader:
+            for batch in loader:
+                features = _apply(module, batch.views[0], self.batch_size, self.precision)
+                yield Features(batch.ids, features, batch.labels)
+
+
+def extract(
+    encoder: nn.Module,
+    store: Store,
+    augmentation: Augmentation,
+    *,
+    batch_size: int,
+    engine: str,
+    world: World,
+    threads: int | None = None,
+    precision: Precision = "fp32",
+    progress: str | None = None,
+    approximate: tuple[Approximation, ...] = (),
+) -> Features:
+    """This rank's share of the whole store, on `world.device`; over all ranks every sample once.
+
+    encoder: [B, 3, H, W] -> [B, D] on that device; its training mode is left as it was.
+    batch_size: images per rank. progress: what rank 0 calls the bar that it draws, None for none.
+    approximate: as in `open_loader`.
+    """
+    way = FeaturePass(
+        store,
+        {"test": augmentation},
+        batch_size,
+        engine,
+        world,
+        threads,
+        precision,
+        approximate=approximate,
+    )
+    parts: list[Features] = []
+    with progress_bar(progress if world.is_main else None, len(store)) as bar:
+        for part in way.batches(encoder):
+            parts.append(part)
+            bar.update(min(world.size * len(part.ids), len(store) - bar.n))
+    if parts:
+        return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    # More ranks than samples: an empty share that has the right width.
+    size = augmentation.flat_views[0].size
+    blank = torch.zeros(1, 3, size, size, device=world.device)
+    width = _apply(encoder, blank, 1, precision).shape[1]
+    none = torch.zeros(0, dtype=torch.int64, device=world.device)
+    return Features(none, torch.zeros(0, width, device=world.device), none.clone())
+
+
+def progress_bar(called: str | None, total: int, unit: str = "images") -> "tqdm[Any]":
+    """A bar, or a line now and then where nobody watches; nothing for None."""
+    seconds = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
+    return tqdm(
+        total=total,
+        desc=called,
+        unit=f" {unit}",
+        disable=called is None,
+        mininterval=seconds,
+        maxinterval=max(10.0, seconds),
+    )
+
+
+def _apply(
+    module: Callable[[Tensor], Tensor], pixels: Tensor, batch_size: int, precision: Precision
+) -> Tensor:
+    """float32 [n, D] of n <= batch_size images, always computed as a batch of `batch_size`.
+
+    Libraries choose their kernels by shape. With one shape, an image's features do not depend on
+    which images share its batch, and a compiled module is compiled once.
+    """
+    filler = pixels[:1].expand(batch_size - len(pixels), -1, -1, -1)
+    full = torch.cat([pixels, filler]) if len(filler) else pixels
+    with (
+        _eval_mode(module),
+        torch.no_grad(),
+        torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        return module(full.contiguous(memory_format=torch.channels_last))[: len(pixels)].float()
+
+
+@contextmanager
+def _eval_mode(module: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Every submodule in eval mode inside, each one's own mode back afterwards."""
+    if not isinstance(module, nn.Module):
+        yield
+        return
+    modes = {part: part.training for part in module.modules()}
+    try:
+        module.eval()
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

@@ -1,0 +1,185 @@
+"""Which images a run takes: a data set's split, the subset that a file lists, the held-out ones."""
+
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.pipelines.loader import Loader, open_loader, threads_per_rank, usable_cores
+from headrace.shards.store import SPLITS, Store, dataset_splits, find_dataset, open_store
+from headrace.training.config import Config, ConfigError, approximations
+from headrace.training.features import FeaturePass
+from headrace.training.world import World
+
+
+def open_training_loader(
+    config: Config, store: Store, subset: NDArray[np.int64] | None, world: World, engine: str
+) -> Loader:
+    """This rank's share of the training stream."""
+    return open_loader(
+        store,
+        config.augmentation,
+        batch_size=config.data.batch_size,
+        seed=config.run.seed,
+        engine=engine,
+        device=world.device,
+        shuffle=config.data.shuffle,
+        window_shards=config.data.window_shards,
+        holdout=config.data.holdout,
+        subset=subset,
+        occurrences=config.data.repeated_augmentation,
+        keep_length=True,
+        rank=world.rank,
+        world_size=world.size,
+        accumulate=config.run.accumulate,
+        threads=_threads(config, world),
+        prefetch=config.data.prefetch,
+        approximate=approximations(config.data.approximate),
+    )
+
+
+def feature_pass(
+    config: Config,
+    store: Store,
+    subset: NDArray[np.int64] | None,
+    world: World,
+    engine: str,
+    *,
+    bf16: bool,
+) -> FeaturePass:
+    """Passes over the same images without training, by the run's engine: what a method's
+    `before_epoch` may ask for, in the test view or in one of the training views by its name."""
+    views = {
+        view.name: replace(config.augmentation, views=(replace(view, count=1),))
+        for view in config.augmentation.views
+    }
+    return FeaturePass(
+        store=store,
+        views={**views, "test": config.test},
+        batch_size=config.data.batch_size // (world.size * config.run.accumulate),
+        engine=engine,
+        world=world,
+        threads=_threads(config, world),
+        approximate=approximations(config.data.approximate),
+        precision="bf16" if bf16 else "fp32",
+        seed=config.run.seed,
+        holdout=config.data.holdout,
+        subset=subset,
+    )
+
+
+def held_out_passes(config: Config, way: FeaturePass) -> dict[str, FeaturePass]:
+    """The passes over held-out images by name: "holdout" of the training set, and "val"."""
+    passes = {}
+    if way.holdout > 0:
+        passes["holdout"] = replace(way, part="holdout")
+    if config.data.val is not None:
+        val = open_val(config.data.val)
+        passes["val"] = replace(way, store=val, holdout=0.0, part="train", subset=None)
+    return passes
+
+
+def _threads(config: Config, world: World) -> int:
+    """Of a rank's engine: its share of the cores that this machine's ranks have together."""
+    return config.data.threads or threads_per_rank(usable_cores(), world.local_size)
+
+
+def open_train(path: Path | None) -> Store:
+    """The training split of a data set; of the only one under ./data for None.
+
+    Opened once per process: the configuration looks at its sizes before the loop reads it.
+    """
+    return _open_train_once((path or find_dataset()).expanduser().absolute())
+
+
+@cache
+def _open_train_once(path: Path) -> Store:
+    return open_store(path, "train")
+
+
+def open_val(path: Path) -> Store:
+    """The split to evaluate on: `val`, else `test`, of a root that has splits."""
+    splits = dataset_splits(path)
+    return open_store(path, next((split for split in ("val", "test") if split in splits), None))
+
+
+def largest_side_pixels(store: Store) -> int:
+    """Of all images, from the index alone."""
+    return int(store.sizes(np.arange(len(store), dtype=np.int64)).max(initial=0))
+
+
+def with_paths(config: Config) -> tuple[Config, Path]:
+    """The configuration with the paths of all data absolute, and the run's directory. Left out,
+    they are the only data set under ./data, and runs/<method>-<data set>."""
+    train = (config.data.train or find_dataset()).expanduser().absolute()
+    named = train.parent if train.name in SPLITS else train
+    name = f"{config.method.rpartition('.')[2]}-{named.name.split('.')[0] or 'data'}"
+    val, subset = _absolute(config.data.val), _absolute(config.data.subset)
+    out = config.run.out or Path("runs") / name
+    resolved = replace(
+        config,
+        init=_absolute(config.init),
+        data=replace(config.data, train=train, val=val, subset=subset),
+        run=replace(config.run, out=out),
+    )
+    return resolved, out
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.expanduser().absolute()
+
+
+def read_subset(path: Path | None, store: Store) -> NDArray[np.int64] | None:
+    """Sorted ids of the samples that a text file names, one per line, without repetition.
+
+    None, for all samples, without a file.
+    A line is an id, an original name as the store has it, or the last part of one (the form of
+    SimCLR's 1 % and 10 % lists).
+    Raises ConfigError for what is not in the store or is there more than once.
+    """
+    if path is None:
+        return None
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--data.subset {path} cannot be read: {error}") from error
+    entries = [(number, line) for number, line in enumerate(lines, 1) if line]
+    if not entries:
+        raise ConfigError(f"--data.subset {path} lists no sample")
+    names = {} if all(_is_id(line) for _, line in entries) else _ids_by_name(store)
+    found: set[int] = set()
+    for number, line in entries:
+        where = f"--data.subset {path}, line {number}: {line!r}"
+        if _is_id(line):
+            if int(line) >= len(store):
+                raise ConfigError(f"{where} is no id of {store.uri}, which has {len(store)}")
+            found.add(int(line))
+            continue
+        match = names.get(line, _MISSING)
+        if match == _MISSING:
+            raise ConfigError(f"{where} is no name of a sample in {store.uri}")
+        if match == _AMBIGUOUS:
+            raise ConfigError(f"{where} names several samples of {store.uri}: write the whole name")
+        found.add(match)
+    return np.array(sorted(found), dtype=np.int64)
+
+
+_MISSING, _AMBIGUOUS = -1, -2
+
+
+def _is_id(line: str) -> bool:
+    return line.isascii() and line.isdigit()
+
+
+def _ids_by_name(store: Store) -> dict[str, int]:
+    """Whole names and their last parts; a whole name wins over another one's last part."""
+    names = store.names(np.arange(len(store), dtype=np.int64))
+    last_parts = [PurePosixPath(name).name for name in names]
+    times = Counter(last_parts)
+    ids = {
+        part: sample if times[part] == 1 else _AMBIGUOUS for sample, part in enumerate(last_parts)
+    }
+    return ids | {name: sample for sample, name in enumerate(names)}

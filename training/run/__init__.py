@@ -1,0 +1,1 @@
+"""A run's directory: who may write it, what stands in it, and how it is read back."""
