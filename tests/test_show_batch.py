@@ -1,6 +1,5 @@
 """The contact sheets: that they hold the pictures as they are, and say what was done to them."""
 
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ COLOURS = {"blue": (40, 60, 180), "green": (40, 160, 60), "red": (190, 50, 40)}
 
 
 @pytest.fixture(scope="module")
-def show_batch() -> Iterator[Any]:
+def show_batch() -> Any:
     return import_module("headrace.tools.show_batch")
 
 

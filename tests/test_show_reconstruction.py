@@ -1,6 +1,5 @@
 """The pictures of a masked method's run: what is hidden is grey, what is visible stays."""
 
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def tool() -> Iterator[Any]:
+def tool() -> Any:
     return import_module("headrace.tools.show_reconstruction")
 
 
