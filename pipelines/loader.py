@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from headrace.pipelines import engines
+from headrace.pipelines.approximation import APPROXIMATIONS
 from headrace.pipelines.batch import Batch
 from headrace.pipelines.components import open_components
 from headrace.pipelines.differences import differences, plain
@@ -314,8 +315,8 @@ def open_loader(
     passes: how many epochs there are, None for no end: nothing is read or made beyond the last
     one, and iterating after it raises LoaderError. It counts from epoch 0, also after a resume.
     stage: False leaves the views uint8, neither erased nor mixed.
-    approximate: names in `engines.APPROXIMATIONS` of differences from `reference` that the engine
-    may make where it has nothing better; those that it makes enter the fingerprint.
+    approximate: names in `approximation.APPROXIMATIONS` of differences from `reference` that the
+    engine may make where it has nothing better; those that it makes enter the fingerprint.
     Raises LoaderError for what cannot be delivered, Unsupported for what no engine can run,
     ShardError where the data set lacks a component that the recipe asks for.
     """
@@ -341,8 +342,8 @@ def open_loader(
     )
     for name in approximate:
         _require(
-            name in engines.APPROXIMATIONS,
-            f"approximate names {name!r}; there are {', '.join(engines.APPROXIMATIONS)}",
+            name in APPROXIMATIONS,
+            f"approximate names {name!r}; there are {', '.join(APPROXIMATIONS)}",
         )
     _require(
         drop_last or augmentation.group == 1,

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from headrace.pipelines import engines
+from headrace.pipelines.approximation import APPROXIMATIONS, Approximation
 from headrace.pipelines.batch import Batch
 from headrace.pipelines.draw import draw
-from headrace.pipelines.engines import APPROXIMATIONS, Approximation, Work
+from headrace.pipelines.engines import Work
 from headrace.pipelines.recipe import Augmentation, View, ViewOp
 
 CPU = torch.device("cpu")

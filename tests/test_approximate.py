@@ -8,13 +8,15 @@ import pytest
 from PIL import Image
 
 from headrace.pipelines import recipes
-from headrace.pipelines.engines import APPROXIMATIONS, Unsupported
+from headrace.pipelines.approximation import APPROXIMATIONS
+from headrace.pipelines.engines import Unsupported
 from headrace.pipelines.loader import differences, threads_per_rank
 from headrace.shards.store import Store, open_store
 from headrace.training import evaluate
 from headrace.training.command_line import parse_command_line
-from headrace.training.config import Config, ConfigError, approximations
+from headrace.training.config import Config, approximations
 from headrace.training.inputs import feature_pass, open_training_loader
+from headrace.training.preset import ConfigError
 from headrace.training.world import World
 
 BOTH = "affine-bilinear,equalize-opencv"

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from headrace.pipelines import engines, recipes
+from headrace.pipelines.approximation import APPROXIMATIONS
 from headrace.pipelines.batch import Batch, Erased, Mixed
 from headrace.pipelines.engines.device_stage import normalize
 from headrace.pipelines.engines.reference import decode
@@ -207,12 +208,12 @@ def test_the_fewest_approximations_are_asked_for(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(engines, "unsupported", refuses)
     recipe = recipes.deit()
     assert tool.needed("dali", recipe) == ()
-    for name in engines.APPROXIMATIONS:
+    for name in APPROXIMATIONS:
         wanted.clear()
         wanted.add(name)
         assert tool.needed("dali", recipe) == (name,)
-    wanted.update(engines.APPROXIMATIONS)
-    assert tool.needed("dali", recipe) == engines.APPROXIMATIONS
+    wanted.update(APPROXIMATIONS)
+    assert tool.needed("dali", recipe) == APPROXIMATIONS
     wanted.add("a way that there is not")
     assert tool.needed("dali", recipe) is None
     outcome = tool.execute("dali", CASES["deit"], None, 1)

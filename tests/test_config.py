@@ -14,9 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 from headrace.training import config as configuration
 from headrace.training import inputs as samples
 from headrace.training.command_line import parse_command_line
-from headrace.training.config import Config, ConfigError
+from headrace.training.config import Config
 from headrace.training.inputs import open_training_loader, read_subset
 from headrace.training.methods import dino, supervised
+from headrace.training.preset import ConfigError, method_names
 from headrace.training.world import World
 
 
@@ -221,7 +222,7 @@ def test_help_shows_methods_examples_and_the_options_of_a_method(
         parse("--help")
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for name in configuration.method_names():
+    for name in method_names():
         assert re.search(rf"^  {name} +\S", text, re.MULTILINE), name
     assert "torchrun" in text
     assert max(map(len, text.splitlines())) <= 100

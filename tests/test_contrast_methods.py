@@ -18,9 +18,9 @@ from headrace.training.blocks.memory import Queue, RowMemory
 from headrace.training.blocks.norm import convert
 from headrace.training.blocks.norm_groups import GroupedBatchNorm, group_norms
 from headrace.training.blocks.positions import sine_cosine
-from headrace.training.config import ConfigError, Recipe
 from headrace.training.method import Facts
 from headrace.training.methods import moco, moco_v3, simclr
+from headrace.training.preset import ConfigError, Preset
 from headrace.training.world import World
 from tests.test_ranks import (  # noqa: F401  the fixture
     Call,
@@ -38,7 +38,7 @@ from tests.tiny_methods import (
     progress_at,
     sgd,
     share,
-    small_recipe,
+    small_preset,
     train_step,
 )
 
@@ -233,8 +233,8 @@ def single(augmentation: Any) -> Any:
     return replace(augmentation, views=(replace(augmentation.views[0], count=1),))
 
 
-def bank_of(momentum: float = 0.5) -> tuple[moco.Moco, Recipe]:
-    recipe = small_recipe("moco", dictionary="bank", bank_momentum=momentum)
+def bank_of(momentum: float = 0.5) -> tuple[moco.Moco, Preset]:
+    recipe = small_preset("moco", dictionary="bank", bank_momentum=momentum)
     recipe = replace(recipe, augmentation=single(recipe.augmentation))
     factory = EncoderFactory("test_vit", {**ENCODERS["test_vit"], "img_size": 32})
     with torch.random.fork_rng(devices=[]):
@@ -294,7 +294,7 @@ def test_moco_other_dictionaries_on_two_ranks(
     if dictionary == "bank":
         method, recipe = bank_of()
     else:
-        method, recipe = moco_of(dictionary=dictionary), small_recipe("moco")
+        method, recipe = moco_of(dictionary=dictionary), small_preset("moco")
     method = smooth(method)
     batches = [uneven(make_batch(recipe.augmentation, 16, seed)) for seed in range(3)]
     one = train(method, recipe, batches, 0, 1e-2, World())
@@ -319,7 +319,7 @@ def test_moco_other_dictionaries_on_two_ranks(
 def test_moco_refuses(
     changes: dict[str, Any], pixels: tuple[int, ...], batch: int, message: str
 ) -> None:
-    objective = small_recipe("moco", **changes).objective
+    objective = small_preset("moco", **changes).objective
     with pytest.raises(ConfigError, match=message):
         moco.build(objective, EncoderFactory("test_resnet", {}), Facts(0, 64, pixels, batch, 4, 20))
 
@@ -369,7 +369,7 @@ def test_moco_v3_keeps_what_init_brought(tmp_path: Any) -> None:
     start = EncoderFactory("test_vit", options)().state_dict()
     factory = EncoderFactory("test_vit", options, initial=start)
     facts = Facts(0, 64, (32, 32), 16, 4, 20, init=tmp_path)
-    method = moco_v3.build(small_recipe("moco_v3").objective, factory, facts)
+    method = moco_v3.build(small_preset("moco_v3").objective, factory, facts)
     for name, value in method.encoder.state_dict().items():
         assert torch.equal(value, start[name]), name
     encoder: Any = method.encoder

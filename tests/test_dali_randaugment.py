@@ -13,7 +13,8 @@ from PIL import Image
 pytest.importorskip("nvidia.dali")
 
 from headrace.pipelines import engines, recipes
-from headrace.pipelines.engines import Approximation, Unsupported, Work
+from headrace.pipelines.approximation import APPROXIMATIONS, Approximation
+from headrace.pipelines.engines import Unsupported, Work
 from headrace.pipelines.engines.dali.policy_columns import AFFINE, layer_prefix, policy_columns
 from headrace.pipelines.engines.reference import apply_op
 from headrace.pipelines.plan import ViewPlan
@@ -162,7 +163,7 @@ def test_a_bicubic_recipe_is_refused_unless_its_approximations_are_asked_for(
     assert "affine-bilinear" not in left
     with pytest.raises(Unsupported, match="affine-bilinear"):
         engines.open_engine("dali", deit)
-    assert engines.unsupported("dali", deit, approximate=engines.APPROXIMATIONS) == []
+    assert engines.unsupported("dali", deit, approximate=APPROXIMATIONS) == []
 
     augmentation = one_view(CUT, RandAugment(probability=1.0, operations=tuple(AFFINE)))
     work = [make_work(augmentation, pictures, seed=seed) for seed in range(2)]
@@ -185,7 +186,7 @@ def test_an_engine_names_the_approximations_that_it_makes(
     op: RandAugment, made: tuple[Approximation, ...]
 ) -> None:
     augmentation = one_view(CUT, op)
-    engine = engines.open_engine("dali", augmentation, approximate=engines.APPROXIMATIONS)
+    engine = engines.open_engine("dali", augmentation, approximate=APPROXIMATIONS)
     assert engine.approximations == made
     assert len(engines.unsupported("dali", augmentation, CPU)) == len(made)
 

@@ -21,8 +21,9 @@ from headrace.pipelines.declaration import augmentation_from
 from headrace.pipelines.recipes import center, deit, dino
 from headrace.shards.store import Store, open_store
 from headrace.training.backbones import EncoderFactory, export, read_initial, resolve_options
-from headrace.training.config import Config, ConfigError, Data, Run, find_method, method_names
+from headrace.training.config import Config, Data, Run
 from headrace.training.features import FeaturePass, extract
+from headrace.training.preset import ConfigError, find_method, method_names
 from headrace.training.protocols.knn import knn_predict
 from headrace.training.run.record import read_record, trained_encoder, untrained_encoder
 from headrace.training.world import World

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from headrace.training.run import checkpoint
-from tests.tiny_methods import CLASSES, NAMES, module_of, small_recipe, tiny_teacher
+from tests.tiny_methods import CLASSES, NAMES, module_of, small_preset, tiny_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5  # three in an epoch
@@ -40,7 +40,7 @@ def train() -> Callable[..., int]:
 
 def small_options(name: str) -> list[str]:
     """The hyper-parameters of tiny_methods, as the command line takes them."""
-    recipe, preset = small_recipe(name), module_of(name).PRESETS["cifar"]
+    recipe, preset = small_preset(name), module_of(name).PRESETS["cifar"]
     options: list[str] = []
     for field in fields(recipe.objective):
         value: Any = getattr(recipe.objective, field.name)

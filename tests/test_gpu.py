@@ -17,6 +17,7 @@ from PIL import Image
 pytest.importorskip("nvidia.dali")
 
 from headrace.pipelines import engines, recipes, stream
+from headrace.pipelines.approximation import APPROXIMATIONS
 from headrace.pipelines.batch import Batch, Erased, Mixed
 from headrace.pipelines.engines.device_stage import device_stage
 from headrace.pipelines.loader import open_loader
@@ -230,7 +231,7 @@ def test_nothing_in_the_loop_waits_for_the_gpu(store: Store, engine: str, name: 
         batch_size=16,
         engine=engine,
         device=CUDA,
-        approximate=engines.APPROXIMATIONS,
+        approximate=APPROXIMATIONS,
     ) as loader:
         total = torch.zeros((), device=CUDA)
         for batch in itertools.chain(loader, loader):

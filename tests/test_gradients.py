@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from headrace.pipelines.batch import Batch, Mixed, concatenate
 from headrace.pipelines.recipe import Augmentation, CenterCrop, View
 from headrace.training.blocks.memory import Queue, RowMemory
-from headrace.training.config import Optim
 from headrace.training.gradients import backward, gradient_of
 from headrace.training.guard import Guard, Signals
 from headrace.training.meters import Meters
 from headrace.training.method import MAIN_PHASE, Method, Progress
 from headrace.training.optim import Schedule, build_optimizer
+from headrace.training.preset import Optim
 from headrace.training.step import Step, early_parameters, model_for
 from headrace.training.world import World
 from tests.tiny_methods import batch_of, build, finished, progress_at, share

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headrace.training.blocks import kmeans as module
 from headrace.training.blocks.kmeans import cluster_sums, kmeans, table_by_id, whiten
-from headrace.training.config import ConfigError
+from headrace.training.preset import ConfigError
 
 Array = NDArray[np.float64]
 

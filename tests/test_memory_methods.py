@@ -12,11 +12,11 @@ from torch import Tensor
 from headrace.training.blocks.color import rgb_to_lab, rgb_to_ycbcr
 from headrace.training.blocks.heads import feature_dim
 from headrace.training.blocks.nce import FeatureBank, own_and_noise, unit
-from headrace.training.config import ConfigError
 from headrace.training.method import Method
 from headrace.training.methods.cmc import Cmc, SplitEncoder, split_colors
 from headrace.training.methods.npid import Npid
 from headrace.training.methods.pair import Pair
+from headrace.training.preset import ConfigError
 from tests.objective_checks import differs
 from tests.tiny_methods import SAMPLES, batch_of, build, progress_at, sgd, train_step
 

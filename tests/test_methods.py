@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from headrace.pipelines import recipes
+from headrace.pipelines.approximation import APPROXIMATIONS
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.engines import APPROXIMATIONS, unsupported
+from headrace.pipelines.engines import unsupported
 from headrace.pipelines.recipe import Augmentation
 from headrace.training.backbones import EncoderFactory, export, resolve_options
 from headrace.training.blocks.memory import Queue
-from headrace.training.config import Recipe
 from headrace.training.gradients import Pass, backward, gradient_of, has_batch_norm
 from headrace.training.method import MAIN_PHASE, Facts, Method, Progress
+from headrace.training.preset import Preset
 from tests.tiny_methods import (
     CASES,
     ENCODERS,
@@ -34,7 +35,7 @@ from tests.tiny_methods import (
     refusal,
     sgd,
     share,
-    small_recipe,
+    small_preset,
     tiny_teacher,
     train_step,
 )
@@ -105,7 +106,7 @@ def test_optimizer_groups_hold_each_trained_parameter_once(name: str, encoder: s
 @each_case
 def test_a_resumed_run_repeats_the_uninterrupted_losses(name: str, encoder: str) -> None:
     """To the last bit, from the middle of an epoch over the beginning of the next one."""
-    context = TinyContext(small_recipe(name))
+    context = TinyContext(small_preset(name))
     batches = [batch_of(name, seed=seed) for seed in range(EPOCH_STEPS + 2)]
 
     def losses(method: Method, optimizer: torch.optim.Optimizer, steps: range) -> list[Tensor]:
@@ -301,7 +302,7 @@ def test_a_method_takes_some_encoder_and_says_which(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_presets_are_whole(name: str) -> None:
     module = module_of(name)
-    presets: dict[str, Recipe] = module.PRESETS
+    presets: dict[str, Preset] = module.PRESETS
     assert {"imagenet", "cifar"} <= presets.keys()
     assert is_dataclass(module.Objective)
     for recipe in presets.values():
@@ -327,7 +328,7 @@ def test_presets_are_whole(name: str) -> None:
 )
 def test_presets_build_as_published(name: str, preset: str) -> None:
     """On the meta device, where the largest network costs nothing."""
-    recipe: Recipe = module_of(name).PRESETS[preset]
+    recipe: Preset = module_of(name).PRESETS[preset]
     pixels = tuple(view.size for view in recipe.augmentation.flat_views)
     test_pixels = recipe.test.flat_views[0].size
     options = resolve_options(recipe.backbone, recipe.backbone_options, pixels, test_pixels)
@@ -346,7 +347,7 @@ def test_presets_build_as_published(name: str, preset: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_presets_run_on_every_engine(name: str) -> None:
     """All that a method asks for of its pictures; DALI may have to be allowed to approximate."""
-    presets: dict[str, Recipe] = module_of(name).PRESETS
+    presets: dict[str, Preset] = module_of(name).PRESETS
     for preset, recipe in presets.items():
         for augmentation in (recipe.augmentation, recipe.test):
             for engine in ("reference", "fused", "synthetic"):
@@ -357,7 +358,7 @@ def test_presets_run_on_every_engine(name: str) -> None:
 
 
 def test_the_vit_preset_is_the_promised_one() -> None:
-    recipe: Recipe = module_of("supervised").PRESETS["vit_b16_imagenet"]
+    recipe: Preset = module_of("supervised").PRESETS["vit_b16_imagenet"]
     optim = recipe.optim
     assert recipe.backbone == "vit_base_patch16_224"
     assert (recipe.batch_size, recipe.epochs, recipe.holdout) == (64, 30, 0.1)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from headrace.training.blocks.classifier_teacher import ClassifierTeacher, open_teacher
-from headrace.training.config import ConfigError
 from headrace.training.method import Facts
 from headrace.training.methods.deit import distillation_loss
 from headrace.training.methods.distill import imitation_loss
+from headrace.training.preset import ConfigError
 from tests.objective_checks import Array, assert_same, differs, log_softmax, value_and_gradient
 from tests.tiny_methods import CLASSES, batch_of, build, progress_at, sgd, tiny_teacher, train_step
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headrace.training.backbones import EncoderFactory
-from headrace.training.config import ConfigError
 from headrace.training.method import Facts
 from headrace.training.methods.cpc import ContextBlock, GridEncoder, directed, prediction_loss
 from headrace.training.methods.dim import (
@@ -19,6 +18,7 @@ from headrace.training.methods.dim import (
     discriminator_loss,
     information_loss,
 )
+from headrace.training.preset import ConfigError
 from tests.objective_checks import Array, assert_same, differs, value_and_gradient
 from tests.tiny_methods import (
     batch_of,
@@ -26,7 +26,7 @@ from tests.tiny_methods import (
     finished,
     module_of,
     progress_at,
-    small_recipe,
+    small_preset,
 )
 
 # ---- DIM: eq. 2, 4 and 5 of arXiv 1808.06670; DIM `dim_losses.py` (fenchel_dual_loss, nce_loss,
@@ -147,7 +147,7 @@ def test_dim_global_and_local_build_what_they_need(weights: tuple[float, float])
 
 
 def test_dim_refuses_what_holds_no_pair() -> None:
-    module, objective = module_of("dim"), small_recipe("dim").objective
+    module, objective = module_of("dim"), small_preset("dim").objective
     factory = EncoderFactory("test_resnet", {})
     with pytest.raises(ConfigError, match="batch-size 1 holds no pair"):
         module.build(objective, factory, Facts(0, 64, (32,), 1, 64, 320))
@@ -257,7 +257,7 @@ def test_a_grid_is_cut_row_by_row() -> None:
 def test_cpc_learns_from_patches_of_the_same_picture_only() -> None:
     """Its loss is a chance level where predictions say nothing."""
     method = build("cpc", "test_resnet")
-    batch = finished(small_recipe("cpc").augmentation, torch.arange(16))
+    batch = finished(small_preset("cpc").augmentation, torch.arange(16))
     embeddings = method.embed(batch, progress_at(0))
     silent = {**embeddings, "predictions": torch.zeros_like(embeddings["predictions"])}
     outputs = method.objective(silent, batch, progress_at(0))

@@ -23,8 +23,8 @@ from headrace.training.blocks.patches import (
     reconstruction_loss,
     unpatchify,
 )
-from headrace.training.config import ConfigError
 from headrace.training.method import Facts
+from headrace.training.preset import ConfigError
 from tests.objective_checks import Array, assert_same, differs
 from tests.tiny_methods import batch_of, build, progress_at
 

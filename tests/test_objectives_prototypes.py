@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from headrace import training
 from headrace.training.blocks.sobel import Sobel
-from headrace.training.config import ConfigError, Optim
 from headrace.training.methods import pcl
 from headrace.training.methods.deepcluster import (
     DeepCluster,
@@ -34,6 +33,7 @@ from headrace.training.methods.deepcluster import (
 )
 from headrace.training.methods.pcl import Pcl, compared, concentrations, proto_nce
 from headrace.training.optim import Schedule, build_optimizer
+from headrace.training.preset import ConfigError, Optim
 from tests.objective_checks import Array, assert_same, differs, log_softmax
 from tests.tiny_methods import (
     SAMPLES,
@@ -41,7 +41,7 @@ from tests.tiny_methods import (
     batch_of,
     build,
     progress_at,
-    small_recipe,
+    small_preset,
 )
 
 Ints = NDArray[np.int64]
@@ -268,7 +268,7 @@ def test_pcl_warms_up_without_prototypes() -> None:
     assert not method.prototypes.rows.any()
     batch = batch_of("pcl")
     assert method(batch, progress_at(3))[0].keys() == {"loss", "key_found"}
-    context = TinyContext(small_recipe("pcl"))
+    context = TinyContext(small_preset("pcl"))
     method.before_epoch(context, progress_at(4))
     assert (method.assignments.rows >= 0).all()
     assert "proto_nce" in method(batch, progress_at(4))[0]
@@ -279,7 +279,7 @@ def test_pcl_clusters_what_the_key_encoder_says_of_the_test_view() -> None:
     with torch.no_grad():
         for parameter in method.encoder.parameters():
             parameter.normal_(generator=generator())
-    context = TinyContext(small_recipe("pcl"))
+    context = TinyContext(small_preset("pcl"))
     seen: list[tuple[nn.Module, str]] = []
     whole = TinyContext.features
 
@@ -470,7 +470,7 @@ def test_deepcluster_takes_pictures_and_sees_edges() -> None:
 
 
 def test_each_epoch_begins_with_a_new_top_layer_and_new_clusters() -> None:
-    context = TinyContext(small_recipe("deepcluster"))
+    context = TinyContext(small_preset("deepcluster"))
     method, other = tiny_deepcluster(), tiny_deepcluster(seed=0)
     assert float(method.nmi) == 0, "there were no clusters before"
     first = method.top_layer.weight.clone()

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from headrace.pipelines.batch import Batch
 from headrace.pipelines.recipe import Augmentation
-from headrace.training.config import ConfigError
 from headrace.training.method import Facts
 from headrace.training.methods.relic import relic_loss
 from headrace.training.methods.relic_v2 import RelicV2, relic_v2_loss, without_background
+from headrace.training.preset import ConfigError
 from tests.objective_checks import Array, assert_same, differs, log_softmax
-from tests.tiny_methods import build, make_batch, module_of, progress_at, small_recipe
+from tests.tiny_methods import build, make_batch, module_of, progress_at, small_preset
 
 
 def unit(x: Array) -> Array:
@@ -308,7 +308,7 @@ def test_both_networks_see_the_masked_views() -> None:
 
 def test_masks_that_are_asked_for_and_missing_are_named() -> None:
     method = build("relic_v2", "test_resnet", saliency_probability=0.1)
-    batch = make_batch(small_recipe("relic_v2").augmentation)
+    batch = make_batch(small_preset("relic_v2").augmentation)
     with pytest.raises(ConfigError, match=r"saliency-probability is 0\.1.*cifar_masks"):
         method.embed(batch, progress_at(0))
 
@@ -328,13 +328,13 @@ def test_masks_that_are_asked_for_and_missing_are_named() -> None:
 def test_views_that_do_not_fit_are_refused(
     name: str, pixels: tuple[int, ...], message: str
 ) -> None:
-    objective = small_recipe(name).objective
+    objective = small_preset(name).objective
     with pytest.raises(ConfigError, match=message):
         module_of(name).build(objective, lambda: torch.nn.Identity(), facts(pixels))
 
 
 def test_negatives_must_be_some() -> None:
-    objective = replace(small_recipe("relic_v2").objective, negatives=0)
+    objective = replace(small_preset("relic_v2").objective, negatives=0)
     with pytest.raises(ConfigError, match="negatives is 0"):
         module_of("relic_v2").build(objective, lambda: torch.nn.Identity(), facts((32, 32)))
 

@@ -13,10 +13,10 @@ from timm.optim.lamb import Lamb
 from torch import nn
 
 from headrace.training import schedules
-from headrace.training.config import Optim
 from headrace.training.large_batch import LAMB, LARC, LARS
 from headrace.training.method import Method
 from headrace.training.optim import Schedule, build_optimizer, clip_gradients, gradient_norm
+from headrace.training.preset import Optim
 
 progresses = st.floats(0, 1)
 rates = st.floats(0, 10)

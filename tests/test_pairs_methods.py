@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from headrace.pipelines import recipes
-from headrace.training.config import ConfigError, Recipe
 from headrace.training.method import Facts, Method
 from headrace.training.methods.byol import Byol
 from headrace.training.methods.simsiam import SimSiam
 from headrace.training.optim import Schedule, build_optimizer
+from headrace.training.preset import ConfigError, Preset
 from tests.tiny_methods import batch_of, build, module_of, progress_at, sgd, train_step
 
 NAMES = ["byol", "simsiam", "barlow_twins", "vicreg"]
@@ -57,7 +57,7 @@ def test_a_collapse_is_logged(name: str) -> None:
 def test_residual_blocks_start_as_identities() -> None:
     """`zero_init_residual` of all four codes is what timm does unless told otherwise."""
     for name in NAMES:
-        recipe: Recipe = module_of(name).PRESETS["imagenet"]
+        recipe: Preset = module_of(name).PRESETS["imagenet"]
         assert (recipe.backbone, dict(recipe.backbone_options)) == ("resnet50", {})
     last = timm.create_model("resnet50", num_classes=0).get_submodule("layer1.0.bn3").weight
     assert isinstance(last, Tensor)
@@ -126,7 +126,7 @@ def test_byol_gradient_stops_at_the_target() -> None:
 # ---- optimiser groups
 
 
-def rates(method: Method, recipe: Recipe, progress: float) -> list[tuple[set[int], float, float]]:
+def rates(method: Method, recipe: Preset, progress: float) -> list[tuple[set[int], float, float]]:
     """(ids of parameters, learning rate, weight decay) per group, as the optimiser takes them."""
     schedule = Schedule(recipe.optim, recipe.batch_size, recipe.epochs)
     optimizer = build_optimizer(method.param_groups(), schedule)
@@ -141,7 +141,7 @@ def rates(method: Method, recipe: Recipe, progress: float) -> list[tuple[set[int
 def test_simsiam_predictor_keeps_its_learning_rate(progress: float) -> None:
     method = build("simsiam", "test_resnet")
     assert isinstance(method, SimSiam)
-    recipe: Recipe = module_of("simsiam").PRESETS["imagenet"]
+    recipe: Preset = module_of("simsiam").PRESETS["imagenet"]
     predictor = {id(p) for p in method.prediction.parameters()}
     others = {id(p) for p in method.parameters()} - predictor
     groups = rates(method, recipe, progress)
@@ -154,7 +154,7 @@ def test_simsiam_predictor_keeps_its_learning_rate(progress: float) -> None:
 
 def test_barlow_twins_biases_and_norms_have_a_learning_rate_of_their_own() -> None:
     """barlowtwins main.py: 0.2 and 0.0048, times batch / 256, after ten epochs of warm-up."""
-    recipe: Recipe = module_of("barlow_twins").PRESETS["imagenet"]
+    recipe: Preset = module_of("barlow_twins").PRESETS["imagenet"]
     scale = recipe.objective.bias_learning_rate_scale
     method = build("barlow_twins", "test_resnet", bias_learning_rate_scale=scale)
     weights, others = rates(method, recipe, 10 / 1000)
@@ -180,7 +180,7 @@ def test_barlow_twins_loss_scale_multiplies_the_loss() -> None:
 @pytest.mark.parametrize("name", ["barlow_twins", "vicreg"])
 def test_views_are_the_code_s(name: str) -> None:
     """barlowtwins main.py and vicreg augmentations.py, the same in both."""
-    recipe: Recipe = module_of(name).PRESETS["imagenet"]
+    recipe: Preset = module_of(name).PRESETS["imagenet"]
     kinds = [[type(op).__name__ for op in view.ops] for view in recipe.augmentation.views]
     shared = ["RandomResizedCrop", "Flip", "ColorJitter", "Grayscale", "GaussianBlur"]
     assert kinds == [shared, [*shared, "Solarize"]]

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from headrace.pipelines.batch import Batch
 from headrace.training.blocks.norm import convert
 from headrace.training.collectives import gather_with_gradient
-from headrace.training.config import Recipe
 from headrace.training.gradients import average, backward
 from headrace.training.method import Method
+from headrace.training.preset import Preset
 from headrace.training.world import World, distributed
 from tests.tiny_methods import (
     CASES,
@@ -35,7 +35,7 @@ from tests.tiny_methods import (
     make_batch,
     progress_at,
     share,
-    small_recipe,
+    small_preset,
     train_step,
 )
 
@@ -52,7 +52,7 @@ def gradients(method: nn.Module) -> dict[str, Tensor]:
 
 
 def train(
-    method: Method, recipe: Recipe, batches: list[Batch], first: int, rate: float, world: World
+    method: Method, recipe: Preset, batches: list[Batch], first: int, rate: float, world: World
 ) -> dict[str, Any]:
     """Steps `first` and following, with plain SGD and one epoch per four steps.
 
@@ -207,7 +207,7 @@ def group_of(name: str) -> str:
 def test_two_ranks_are_one(name: str, encoder: str, on_two_ranks: Call) -> None:
     """Ten steps over three epochs; and what two ranks began, one continues as if nothing were."""
     method = smooth(build(name, encoder, **changes_of(name)))
-    recipe = small_recipe(name)
+    recipe = small_preset(name)
     # Losses of normalised features or scaled scores are flat: ten steps have to move something.
     rate = 1e-2 if name in ("ijepa", "cpc") else 1e-3
     batches = [uneven(make_batch(recipe.augmentation, 16, seed)) for seed in range(10)]
@@ -227,7 +227,7 @@ def test_two_ranks_are_one(name: str, encoder: str, on_two_ranks: Call) -> None:
 
 
 def cached_gradients(
-    method: Method, recipe: Recipe, batch: Batch, parts: int, world: World
+    method: Method, recipe: Preset, batch: Batch, parts: int, world: World
 ) -> dict[str, Tensor]:
     """Of a share of the batch, in `parts` micro-batches, with a gradient cache or (1) without."""
     method, size = copy.deepcopy(method), len(batch) // world.size
@@ -250,7 +250,7 @@ def test_a_gradient_cache_sees_all_ranks_and_micro_batches(name: str, on_two_ran
         for key, child in module.named_children():
             if isinstance(child, nn.BatchNorm1d):
                 setattr(module, key, nn.Identity())
-    recipe = small_recipe(name)
+    recipe = small_preset(name)
     batch = make_batch(recipe.augmentation, 16)
     one = cached_gradients(method, recipe, batch, 1, World())
     for seen in on_two_ranks(cached_gradients, method, recipe, batch, 2):
@@ -271,7 +271,7 @@ def changes_of(name: str) -> dict[str, Any]:
     """Stochastic depth where a method has it: its coins too are the global batch's. Groups of 8
     where there are groups: the statistics of 4 samples magnify rounding tenfold."""
     wanted = {"drop_path": 0.2, "batch_norm_group": 8}
-    return {key: wanted[key] for key in wanted if hasattr(small_recipe(name).objective, key)}
+    return {key: wanted[key] for key in wanted if hasattr(small_preset(name).objective, key)}
 
 
 # ---- blocks

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from headrace.training.backbones import EncoderFactory, resolve_options
-from headrace.training.config import find_method
 from headrace.training.method import Facts
+from headrace.training.preset import find_method
 from headrace.training.run import checkpoint
 from headrace.training.run.record import read_record
 from tests.test_evaluate import data, make_run  # noqa: F401  the fixture

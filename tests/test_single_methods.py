@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from headrace.training.backbones import EncoderFactory
-from headrace.training.config import ConfigError
 from headrace.training.method import Facts, Progress
+from headrace.training.preset import ConfigError
 from tests.tiny_methods import (
     CLASSES,
     batch_of,
@@ -17,7 +17,7 @@ from tests.tiny_methods import (
     module_of,
     progress_at,
     sgd,
-    small_recipe,
+    small_preset,
     train_step,
 )
 
@@ -92,7 +92,7 @@ def test_dino_may_learn_the_lengths_of_prototypes() -> None:
 
 
 def test_dino_wants_its_global_views_first() -> None:
-    recipe = small_recipe("dino")
+    recipe = small_preset("dino")
     for pixels in [(32,), (32, 16, 32), (16, 16, 32)]:
         with pytest.raises(ConfigError, match="two global views of one size"):
             module_of("dino").build(
@@ -177,7 +177,7 @@ def test_supervised_evaluates_the_labelled_samples() -> None:
 
 
 def test_supervised_says_what_it_needs() -> None:
-    module, objective = module_of("supervised"), small_recipe("supervised").objective
+    module, objective = module_of("supervised"), small_preset("supervised").objective
     factory = EncoderFactory("test_resnet", {})
     with pytest.raises(ConfigError, match="needs labels"):
         module.build(objective, factory, Facts(0, 64, (32,), 16, 4, 20))
@@ -213,7 +213,7 @@ def test_simclr_moves_what_it_compares_with() -> None:
     own = torch.randn(16, 2, 8, requires_grad=True)
     method.objective({"projection": own}, batch, progress_at(0))["loss"].backward()
     direct = own.detach().clone().requires_grad_()
-    temperature = small_recipe("simclr").objective.temperature
+    temperature = small_preset("simclr").objective.temperature
     module_of("simclr").nt_xent(direct, direct, 0, temperature)[0].backward()
     assert own.grad is not None
     assert direct.grad is not None
@@ -223,7 +223,7 @@ def test_simclr_moves_what_it_compares_with() -> None:
 def test_simclr_wants_two_views() -> None:
     with pytest.raises(ConfigError, match="two views of one size"):
         module_of("simclr").build(
-            small_recipe("simclr").objective,
+            small_preset("simclr").objective,
             EncoderFactory("test_resnet", {}),
             Facts(0, 64, (32, 32, 16), 16, 4, 20),
         )

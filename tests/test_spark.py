@@ -18,9 +18,9 @@ from headrace.pipelines.recipe import BlockMask, RandomMask
 from headrace.training.backbones import EncoderFactory
 from headrace.training.blocks.norm import GlobalBatchNorm
 from headrace.training.blocks.sparse import VisibleCells, sparse
-from headrace.training.config import ConfigError
 from headrace.training.method import Facts
-from tests.tiny_methods import ENCODERS, batch_of, build, module_of, progress_at, small_recipe
+from headrace.training.preset import ConfigError
+from tests.tiny_methods import ENCODERS, batch_of, build, module_of, progress_at, small_preset
 
 GRID = (3, 2)
 
@@ -344,7 +344,7 @@ def test_resnet50_as_published() -> None:
 
 
 def test_what_cannot_be_sparse_is_refused() -> None:
-    spark, recipe = module_of("spark"), small_recipe("spark")
+    spark, recipe = module_of("spark"), small_preset("spark")
     mask = RandomMask(32, 0.5)
     facts = Facts(0, 64, (64,), 16, 4, 20, masks=(mask,))
 

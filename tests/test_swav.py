@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headrace.pipelines.batch import Batch
-from headrace.training.config import ConfigError, Optim
 from headrace.training.methods.deepcluster_v2 import DeepClusterV2
 from headrace.training.methods.swav import SwAV
 from headrace.training.optim import Schedule, build_optimizer
+from headrace.training.preset import ConfigError, Optim
 from tests.test_objectives_cluster import sinkhorn_oracle, swav_oracle
 from tests.tiny_methods import (
     SAMPLES,
@@ -25,7 +25,7 @@ from tests.tiny_methods import (
     progress_at,
     sgd,
     share,
-    small_recipe,
+    small_preset,
     train_step,
 )
 
@@ -147,7 +147,7 @@ def test_assignments_are_the_nearest_centroids_of_the_heads_bank() -> None:
     z = F.normalize(torch.randn(SAMPLES, 2, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
     method.memory.rows.copy_(z)
     before = method.prototypes.clone()
-    method.before_epoch(TinyContext(small_recipe("deepcluster_v2")), progress_at(4))
+    method.before_epoch(TinyContext(small_preset("deepcluster_v2")), progress_at(4))
     assert torch.equal(method.memory.rows, z), "only the first epoch fills the memory"
     assert not torch.allclose(method.prototypes, before, atol=0.1)
     lengths = method.prototypes.norm(dim=-1)
@@ -196,7 +196,7 @@ class PartOfTheSet(TinyContext):
 def test_samples_outside_the_training_set_have_no_cluster() -> None:
     method = make_deepcluster()
     method.memory.rows.zero_()
-    method.before_epoch(PartOfTheSet(small_recipe("deepcluster_v2")), progress_at(0))
+    method.before_epoch(PartOfTheSet(small_preset("deepcluster_v2")), progress_at(0))
     assert bool((method.assignments.rows[:32] >= 0).all())
     assert bool((method.assignments.rows[32:] == -1).all())
     assert not method.memory.rows[32:].any()
@@ -216,7 +216,7 @@ def test_more_clusters_than_images_are_refused(images: int) -> None:
     method = make_deepcluster()
     method.memory.rows[images:] = 0
     method.options = replace(method.options, num_prototypes=images + 1)
-    context = TinyContext(small_recipe("deepcluster_v2"))
+    context = TinyContext(small_preset("deepcluster_v2"))
     with pytest.raises(ConfigError, match=f"is {images + 1}; there are no more than the {images} "):
         method.before_epoch(context, progress_at(4))
     with pytest.raises(ConfigError, match="no more than 64 images"):

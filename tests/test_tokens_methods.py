@@ -22,8 +22,8 @@ from headrace.training.blocks.tokens import (
     most_masked,
     take,
 )
-from headrace.training.config import ConfigError
 from headrace.training.method import Facts, Method, Progress
+from headrace.training.preset import ConfigError
 from tests.tiny_methods import (
     batch_of,
     build,
@@ -32,7 +32,7 @@ from tests.tiny_methods import (
     progress_at,
     sgd,
     share,
-    small_recipe,
+    small_preset,
     train_step,
 )
 
@@ -110,7 +110,7 @@ def test_masked_patches_pads_and_cuts() -> None:
 
 @pytest.mark.parametrize("mask", [BlockMask(4, (0.1, 0.5), 4), RandomMask(4, 0.6), BlockMask(4)])
 def test_no_mask_is_larger_than_the_largest(mask: BlockMask | RandomMask) -> None:
-    recipe = small_recipe("ibot").augmentation
+    recipe = small_preset("ibot").augmentation
     view = replace(recipe.views[0], mask=mask)
     drawn = make_batch(replace(recipe, views=(view, *recipe.views[1:])), samples=64)
     sizes = mask_of(drawn).sum(dim=1)
@@ -238,7 +238,7 @@ def test_prototypes_are_held(name: str, frozen: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_masks_have_to_fit(name: str) -> None:
-    recipe, module = small_recipe(name), module_of(name)
+    recipe, module = small_preset(name), module_of(name)
     pixels = tuple(view.size for view in recipe.augmentation.flat_views)
     make = EncoderFactory("test_vit", {"img_size": 32, "patch_size": 4, "dynamic_img_size": True})
     masks = tuple(view.mask for view in recipe.augmentation.flat_views)
@@ -415,7 +415,7 @@ def test_ijepa_padding_changes_nothing(context_share: float) -> None:
 
 @pytest.mark.parametrize("side", [8, 14, 16, 28])
 def test_ijepa_has_room_for_every_block(side: int) -> None:
-    recipe = small_recipe("ijepa").augmentation
+    recipe = small_preset("ijepa").augmentation
     mask = MultiBlockMask(4, min_keep=4)
     ops = (replace(recipe.views[0].ops[0], size=4 * side),)  # pyright: ignore[reportCallIssue]
     view = replace(recipe.views[0], ops=ops, mask=mask)
@@ -444,7 +444,7 @@ def test_ijepa_target_encoder_follows_on_a_straight_line() -> None:
 
 
 def test_ijepa_says_what_it_needs() -> None:
-    recipe, module = small_recipe("ijepa"), module_of("ijepa")
+    recipe, module = small_preset("ijepa"), module_of("ijepa")
     make = EncoderFactory("test_vit", {"img_size": 32, "patch_size": 4, "global_pool": "avg"})
 
     def built(objective: object, *masks: object) -> Method:

@@ -22,9 +22,9 @@ from torch import nn
 from headrace import training
 from headrace.pipelines.batch import Batch
 from headrace.training.backbones import EncoderFactory, read_initial, resolve_options
-from headrace.training.config import ConfigError
 from headrace.training.guard import Guard, Signals
 from headrace.training.meters import Meters
+from headrace.training.preset import ConfigError
 from headrace.training.run import checkpoint
 from headrace.training.world import World, from_main
 
@@ -44,7 +44,7 @@ import torch
 from torch import nn
 
 from headrace.pipelines import recipes
-from headrace.training.config import Optim, Recipe
+from headrace.training.preset import (Optim, Preset)
 from headrace.training.method import Method
 
 
@@ -104,7 +104,7 @@ class Toy(Method):
 
 
 PRESETS = {
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.supervised(32),
         test=recipes.center(32, 32),

@@ -31,9 +31,9 @@ from headrace.pipelines.engines.device_stage import device_stage
 from headrace.pipelines.recipe import Augmentation
 from headrace.training import methods
 from headrace.training.backbones import EncoderFactory, export, resolve_options
-from headrace.training.config import ConfigError, Recipe
 from headrace.training.gradients import Pass, average, backward, gradient_of
 from headrace.training.method import Facts, Method, Progress
+from headrace.training.preset import ConfigError, Preset
 from headrace.training.world import World
 
 NAMES = sorted(module.name for module in pkgutil.iter_modules(methods.__path__))
@@ -112,9 +112,9 @@ def module_of(name: str) -> ModuleType:
     return importlib.import_module(f"headrace.training.methods.{name}")
 
 
-def small_recipe(name: str, **changes: object) -> Recipe:
+def small_preset(name: str, **changes: object) -> Preset:
     """The method's CIFAR preset with a small head; `changes` go over its hyper-parameters."""
-    recipe: Recipe = module_of(name).PRESETS["cifar"]
+    recipe: Preset = module_of(name).PRESETS["cifar"]
     known = {field.name for field in fields(recipe.objective)}
     unknown = {*changes, *SMALL_OF.get(name, {})} - known
     assert not unknown, f"{name} has no hyper-parameter {unknown}"
@@ -132,7 +132,7 @@ def build(name: str, encoder: str, *, seed: int = 0, **changes: object) -> Metho
 
     Leaves torch's global generator as it was.
     """
-    recipe = small_recipe(name, **changes)
+    recipe = small_preset(name, **changes)
     pixels = tuple(view.size for view in recipe.augmentation.flat_views)
     own = dict(ENCODERS[encoder])
     if encoder == "test_resnet" and "norm_layer" in recipe.backbone_options:
@@ -212,14 +212,14 @@ def make_batch(augmentation: Augmentation, samples: int = BATCH, seed: int = 0) 
 
 
 def batch_of(name: str, samples: int = BATCH, seed: int = 0) -> Batch:
-    return make_batch(small_recipe(name).augmentation, samples, seed)
+    return make_batch(small_preset(name).augmentation, samples, seed)
 
 
 @dataclass(frozen=True)
 class TinyContext:
     """The `Context` of `before_epoch`: the whole tiny data set, a rank's contiguous share of it."""
 
-    recipe: Recipe
+    recipe: Preset
     world: World = ONE
 
     def features(

@@ -47,8 +47,8 @@ from headrace.tools.bench.methods.rows import (
     read_rows,
     table,
 )
-from headrace.training.config import ConfigError, method_names
 from headrace.training.inputs import open_train
+from headrace.training.preset import ConfigError, method_names
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "tools/benchmarks"

@@ -30,9 +30,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
 from headrace.pipelines import engines, recipes
+from headrace.pipelines.approximation import APPROXIMATIONS, Approximation
 from headrace.pipelines.batch import Batch, Erased, Mixed
 from headrace.pipelines.draw import draw
-from headrace.pipelines.engines import APPROXIMATIONS, Approximation, EngineName, Work
+from headrace.pipelines.engines import EngineName, Work
 from headrace.pipelines.engines.device_stage import device_stage
 from headrace.pipelines.engines.reference import decode
 from headrace.pipelines.recipe import Augmentation, RecipeError, resized_shape

@@ -24,7 +24,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from headrace.shards.atomic import atomic_file
-from headrace.training.config import ConfigError
+from headrace.training.preset import ConfigError
 from headrace.training.run.record import Record, read_record
 
 BLUE, GREEN, ORANGE, RED = "#2166ac", "#1b7837", "#d6730c", "#b2182b"

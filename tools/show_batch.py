@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from headrace.pipelines import recipes
+from headrace.pipelines.approximation import APPROXIMATIONS, Approximation
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.engines import APPROXIMATIONS, Approximation, Unsupported
+from headrace.pipelines.engines import Unsupported
 from headrace.pipelines.engines.reference import decode
 from headrace.pipelines.loader import LoaderError, open_loader
 from headrace.pipelines.recipe import (
@@ -40,8 +41,8 @@ from headrace.shards.index import ShardError
 from headrace.shards.store import Store
 from headrace.tools.contact_sheet import CAPTION_HEIGHT, Cell, Group, contact_sheet, fitting_columns
 from headrace.tools.readme_tables import number
-from headrace.training.config import ConfigError, find_method, find_preset
 from headrace.training.inputs import largest_side_pixels, open_train
+from headrace.training.preset import ConfigError, find_method, find_preset
 from headrace.training.run.record import read_record
 
 LEAST_CELL_PIXELS = 144

@@ -31,8 +31,8 @@ from headrace.shards.index import ShardError
 from headrace.shards.store import Store
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
 from headrace.tools.show_batch import LEAST_CELL_PIXELS, MASK_GREY, levels
-from headrace.training.config import ConfigError
 from headrace.training.inputs import open_train, open_val
+from headrace.training.preset import ConfigError
 from headrace.training.run import checkpoint
 from headrace.training.run.checkpoint import CheckpointError
 from headrace.training.run.record import Record, built_method, read_record

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from headrace.shards.atomic import atomic_file
-from headrace.training.config import ConfigError
+from headrace.training.preset import ConfigError
 
 ENCODER_FILE = "encoder.safetensors"
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from headrace.training.backbones import EncoderFactory, read_initial
-from headrace.training.config import find_method
 from headrace.training.method import Facts, Method
+from headrace.training.preset import find_method
 
 
 def build_method(

@@ -27,16 +27,12 @@ from headrace.pipelines.recipe import (
     View,
     ViewOp,
 )
-from headrace.training.config import (
+from headrace.training.config import Config, Data, Run, approximations, check
+from headrace.training.preset import (
     SMALL_PIXELS,
-    Config,
     ConfigError,
-    Data,
     Optim,
-    Recipe,
-    Run,
-    approximations,
-    check,
+    Preset,
     find_method,
     find_preset,
     method_names,
@@ -83,7 +79,7 @@ def parse_command_line(
 
 
 def _parse_options(
-    module: ModuleType, preset: str, recipe: Recipe, arguments: Sequence[str]
+    module: ModuleType, preset: str, recipe: Preset, arguments: Sequence[str]
 ) -> Any:
     """An instance of `_command_line_class`, the recipe's values where nothing is given."""
     import tyro
@@ -105,7 +101,7 @@ def _parse_options(
         raise ConfigError(_first_sentence(said.getvalue())) from error
 
 
-def _check_options(arguments: Sequence[str], recipes: Iterable[Recipe]) -> None:
+def _check_options(arguments: Sequence[str], recipes: Iterable[Preset]) -> None:
     """Raises ConfigError for an option that no recipe has: before anything is opened."""
     options = {
         option for recipe in recipes for option in _option_names(_command_line_class(recipe))
@@ -117,7 +113,7 @@ def _check_options(arguments: Sequence[str], recipes: Iterable[Recipe]) -> None:
             raise ConfigError(f"there is no option {given}{nearest(name, sorted(options))}")
 
 
-def _command_line_class(recipe: Recipe) -> type:
+def _command_line_class(recipe: Preset) -> type:
     """One dataclass of all options, with this recipe's values as defaults."""
     run = Run()
     data = Data(batch_size=recipe.batch_size, holdout=recipe.holdout)
@@ -191,7 +187,7 @@ def _augmented(augmentation: Augmentation, given: Any) -> Augmentation:
     return replace(augmentation, views=tuple(views), group=given.group, mix=mix)
 
 
-def _resolve(method: str, preset: str, recipe: Recipe, given: Any) -> Config:
+def _resolve(method: str, preset: str, recipe: Preset, given: Any) -> Config:
     run: Run = given.run
     if run.epochs is not None and run.steps is not None:
         raise ConfigError("--run.epochs and --run.steps are both given: a run has one length")

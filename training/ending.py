@@ -11,7 +11,7 @@ from headrace.pipelines.loader import LoaderError
 from headrace.pipelines.order import OrderError
 from headrace.pipelines.recipe import RecipeError
 from headrace.shards.index import ShardError
-from headrace.training.config import ConfigError
+from headrace.training.preset import ConfigError
 from headrace.training.run.checkpoint import CheckpointError
 from headrace.training.world import WorldError, rank_from_environment
 

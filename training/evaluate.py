@@ -22,14 +22,16 @@ from typing import Any, NoReturn
 import numpy as np
 from torch import nn
 
-from headrace.pipelines.engines import Approximation, choose
+from headrace.pipelines.approximation import Approximation
+from headrace.pipelines.engines import choose
 from headrace.pipelines.loader import threads_per_rank, usable_cores
 from headrace.shards.atomic import atomic_file
 from headrace.shards.store import Store, dataset_splits, find_dataset
-from headrace.training.config import ConfigError, approximations
+from headrace.training.config import approximations
 from headrace.training.ending import run_and_exit
 from headrace.training.features import Features, extract
 from headrace.training.inputs import open_train, open_val
+from headrace.training.preset import ConfigError
 from headrace.training.protocols.knn import (
     NEIGHBOURS,
     TEMPERATURE,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from headrace.pipelines.engines import Approximation
+from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.loader import open_loader
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.store import Store

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from headrace.pipelines.loader import Loader, open_loader, threads_per_rank, usable_cores
 from headrace.shards.store import SPLITS, Store, dataset_splits, find_dataset, open_store
-from headrace.training.config import Config, ConfigError, approximations
+from headrace.training.config import Config, approximations
 from headrace.training.features import FeaturePass
+from headrace.training.preset import ConfigError
 from headrace.training.world import World
 
 

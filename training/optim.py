@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from headrace.training import schedules
-from headrace.training.config import Optim
 from headrace.training.large_batch import LAMB, LARC, LARS
+from headrace.training.preset import Optim
 
 
 @dataclass(frozen=True)

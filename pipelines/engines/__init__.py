@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.batch import Batch, Erased, Mixed
 from headrace.pipelines.plan import Columns, Plan
 from headrace.pipelines.recipe import Augmentation
@@ -41,12 +42,6 @@ PREFERENCE: dict[str, tuple[EngineName, ...]] = {
     "cuda": ("dali", "fused", "reference"),
     "cpu": ("fused", "reference"),
 }
-
-# Known differences from `reference` that an engine makes only when asked for by name.
-#   affine-bilinear   dali: Rotate, Shear and Translate sample bilinearly where bicubic was drawn
-#   equalize-opencv   dali: Equalize by OpenCV's formula, not Pillow's
-Approximation = Literal["affine-bilinear", "equalize-opencv"]
-APPROXIMATIONS: tuple[Approximation, ...] = get_args(Approximation)
 
 
 class Unsupported(ValueError):

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import InterpolationMode, functional
 
+from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.engines import Approximation, SampleError, Work
+from headrace.pipelines.engines import SampleError, Work
 from headrace.pipelines.engines.reference_augment import rand_augment
 from headrace.pipelines.recipe import (
     Augmentation,

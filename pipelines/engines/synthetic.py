@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterator
 
 import torch
 
+from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.engines import Approximation, Work
+from headrace.pipelines.engines import Work
 from headrace.pipelines.engines.device_stage import normalize
 from headrace.pipelines.recipe import Augmentation
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from headrace.training.backbones import check_name
-from headrace.training.config import ConfigError
 from headrace.training.method import Facts
+from headrace.training.preset import ConfigError
 
 CLASSIFIER_FILE = "classifier.safetensors"
 

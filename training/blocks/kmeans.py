@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headrace.training.collectives import gather_rows, rank, sum_over_ranks, world_size
-from headrace.training.config import ConfigError
+from headrace.training.preset import ConfigError
 
 _CHUNK_NUMBERS = 1 << 25  # numbers that a table of distances may have at a time
 _ROUNDING = 1e-6  # of a network's features, relative to their length

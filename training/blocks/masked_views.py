@@ -20,8 +20,8 @@ from headrace.training.blocks.tokens import (
     require_patches,
 )
 from headrace.training.blocks.views import GLOBAL_VIEWS, by_size
-from headrace.training.config import ConfigError
 from headrace.training.method import Progress
+from headrace.training.preset import ConfigError
 
 
 def masked_places(method: str, masks: Sequence[Mask | None], encoder: VisionTransformer) -> int:

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from headrace.training.blocks.norm import GlobalBatchNorm
 from headrace.training.collectives import mean_over_ranks, rank, sum_over_ranks, world_size
-from headrace.training.config import ConfigError
+from headrace.training.preset import ConfigError
 
 
 class GroupedBatchNorm(GlobalBatchNorm):

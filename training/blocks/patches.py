@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from headrace.pipelines.recipe import RandomMask
-from headrace.training.config import ConfigError
 from headrace.training.method import Facts
+from headrace.training.preset import ConfigError
 
 
 def patchify(pictures: Tensor, patch: int) -> Tensor:

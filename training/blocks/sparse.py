@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from headrace.training.blocks.drop_path import KeyedDropPath
-from headrace.training.config import ConfigError
 from headrace.training.method import MakeEncoder
+from headrace.training.preset import ConfigError
 
 MIXES_POSITIONS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 LEAVES_ZEROS = (nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU)

@@ -13,8 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from headrace.pipelines.recipe import BlockMask, Mask, MultiBlockMask, RandomMask
-from headrace.training.config import ConfigError
 from headrace.training.method import MakeEncoder
+from headrace.training.preset import ConfigError
 
 
 def vision_transformer(

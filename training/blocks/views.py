@@ -6,7 +6,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from headrace.training.config import ConfigError
+from headrace.training.preset import ConfigError
 
 GLOBAL_VIEWS = 2  # they come first in a batch; what other views predict is taken from these
 

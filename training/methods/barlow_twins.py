@@ -27,8 +27,8 @@ from headrace.training.blocks.correlation import centered, off_diagonal, sum_for
 from headrace.training.blocks.cosine import spread
 from headrace.training.blocks.heads import Mlp, feature_dim
 from headrace.training.collectives import world_size
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 _EPSILON = 1e-5
 """Of the code's batch norm."""
@@ -120,7 +120,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Barl
 
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="resnet50",
         # BYOL's views by torchvision, in DINO's order of operations.
         augmentation=replace(
@@ -139,7 +139,7 @@ PRESETS = {
         objective=Objective(loss_scale=1 / 32, bias_learning_rate_scale=0.0048 / 0.2),
         notes="Linear 73.5 (the code's README; 73.2 in the paper); 124 hours on 32 V100.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=replace(
             recipes.dino(32, local_count=0, global_scale=(0.2, 1.0), blur=False),

@@ -24,8 +24,8 @@ from headrace.pipelines.batch import Batch
 from headrace.training.blocks.cosine import cosine_to_other_view, spread
 from headrace.training.blocks.heads import Mlp, feature_dim
 from headrace.training.blocks.teacher import follow
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 from headrace.training.schedules import cosine
 
 
@@ -104,9 +104,9 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Byol
 
 def _imagenet(
     epochs: int, learning_rate: float, weight_decay: float, momentum: float, notes: str
-) -> Recipe:
+) -> Preset:
     """What the presets of byol `configs/byol.py` share."""
-    return Recipe(
+    return Preset(
         backbone="resnet50",
         augmentation=recipes.byol(),
         test=recipes.center(),
@@ -134,7 +134,7 @@ PRESETS = {
     ),
     "imagenet_300": _imagenet(300, 0.3, 1e-6, 0.99, "The code's preset for 300 epochs."),
     "imagenet_100": _imagenet(100, 0.45, 1e-6, 0.99, "The code's preset for 100 epochs."),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.byol(32, blur=False),
         test=recipes.center(32, 32),

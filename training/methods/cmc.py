@@ -25,8 +25,8 @@ from headrace.pipelines.recipe import Augmentation
 from headrace.training.blocks.color import rgb_to_lab, rgb_to_ycbcr
 from headrace.training.blocks.heads import feature_dim
 from headrace.training.blocks.nce import FeatureBank, own_and_noise, unit
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 ColorSpace = Literal["lab", "ycbcr"]
 
@@ -171,7 +171,7 @@ def augmentation(pixels: int = 224, least_area: float = 0.08) -> Augmentation:
 
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="resnet50",
         backbone_options={"zero_init_last": False},
         augmentation=augmentation(),
@@ -194,7 +194,7 @@ PRESETS = {
         "(0.8 to 1 point); its README expects more of softmax, ycbcr, 65536 negatives and float32, "
         "and probes with learning rates of 30 to 50.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=augmentation(32, 0.2),
         test=recipes.center(32, 32, mean=_RAW[0], std=_RAW[1]),

@@ -27,8 +27,8 @@ from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
 from headrace.training.blocks.heads import feature_dim
 from headrace.training.collectives import gather_with_gradient, rank
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 JUDGED_BY = "linear"
 
@@ -211,7 +211,7 @@ _PATCHES = Optim(
 )
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="resnet50",
         backbone_options={"norm_layer": "groupnorm1"},
         augmentation=recipes.cpc(260),
@@ -222,7 +222,7 @@ PRESETS = {
         objective=Objective(),
         notes="v2: linear 63.8 with a ResNet-50 (paper); patches of 80 pixels at every 36th.",
     ),
-    "v1_imagenet": Recipe(
+    "v1_imagenet": Preset(
         backbone="resnet101",
         backbone_options={"norm_layer": "groupnorm1"},
         augmentation=recipes.cpc(256),
@@ -234,7 +234,7 @@ PRESETS = {
         notes="v1: linear 48.7 (paper), there with a pre-activation ResNet-101's three stages, and "
         "crops of 256 from 300 pixels, flipped and grey, their patches cropped to 60.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         backbone_options={"norm_layer": "groupnorm1"},
         augmentation=recipes.cpc(32),

@@ -36,8 +36,8 @@ from headrace.training.blocks.heads import feature_dim
 from headrace.training.blocks.kmeans import kmeans, table_by_id, whiten, whole_share
 from headrace.training.blocks.memory import RowMemory
 from headrace.training.blocks.sobel import SobelEncoder
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Context, Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ _OPTIM = Optim(
 )
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="vgg16_bn",
         backbone_options={"drop_rate": 0.5},
         augmentation=recipes.supervised(),
@@ -193,7 +193,7 @@ PRESETS = {
         notes="The code's options. The paper's AlexNet took 12 days on a P100 for 500 epochs, a "
         "third of them for k-means; VISSL's reaches 37.9 with a linear classifier.",
     ),
-    "resnet50_imagenet": Recipe(
+    "resnet50_imagenet": Preset(
         backbone="resnet50",
         backbone_options={"zero_init_last": False},
         augmentation=_mmselfsup(),
@@ -204,7 +204,7 @@ PRESETS = {
         objective=Objective(),
         notes="mmselfsup, deepcluster-sobel_resnet50_8xb64-steplr-200e: linear 46.92.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.supervised(32, scale=(0.2, 1.0)),
         test=recipes.center(32, 32),

@@ -37,8 +37,8 @@ from headrace.training.collectives import (
     sum_over_ranks,
     world_size,
 )
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Context, Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 GLOBAL_NAME = "global_view"  # of the two in the augmentation
 
@@ -196,7 +196,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Deep
 _STD = recipes.swav().std
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="resnet50",
         backbone_options={"zero_init_last": False},
         augmentation=recipes.swav(),
@@ -215,7 +215,7 @@ PRESETS = {
         notes="scripts/deepclusterv2_800ep_pretrain.sh: linear 75.2. After 400 epochs 74.3 with "
         "2 x 160 + 4 x 96 pixels and 70.2 with 2 x 224.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.swav(
             global_pixels=32, local_pixels=16, local_count=4, local_scale=(0.1, 0.4), blur=False

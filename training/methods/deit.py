@@ -36,8 +36,8 @@ from headrace.training.blocks.heads import feature_dim
 from headrace.training.blocks.targets import agreement, cross_entropy, has_label
 from headrace.training.blocks.weight_decay import token_free_groups
 from headrace.training.collectives import mean_over_ranks
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ _DEIT_OPTIM = Optim(
 )
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="deit_base_distilled_patch16_224",
         augmentation=recipes.deit(),
         test=recipes.center(),
@@ -212,7 +212,7 @@ PRESETS = {
         notes="Hard distillation from the authors' RegNetY-16GF: top-1 83.4 (the code's README), "
         "there with --data.repeated-augmentation 3.",
     ),
-    "s16_imagenet": Recipe(
+    "s16_imagenet": Preset(
         backbone="deit_small_distilled_patch16_224",
         augmentation=recipes.deit(),
         test=recipes.center(),
@@ -222,7 +222,7 @@ PRESETS = {
         objective=Objective(teacher="regnety_160.deit_in1k"),
         notes="As imagenet: top-1 81.2.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.deit(32, group=32),
         test=recipes.center(32, 32),

@@ -25,8 +25,8 @@ from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
 from headrace.training.blocks.heads import feature_dim
 from headrace.training.collectives import gather_with_gradient, rank, world_size
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import MAIN_PHASE, Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 JUDGED_BY = "linear"
 Measure = Literal["jsd", "infonce", "dv"]
@@ -212,7 +212,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Dim:
         raise ConfigError(f"{said}: {error}") from error
 
 
-_LOCAL = Recipe(
+_LOCAL = Preset(
     backbone="resnet50",
     augmentation=recipes.supervised(),
     test=recipes.center(interpolation="bilinear"),
@@ -235,7 +235,7 @@ _GLOBAL = Objective("jsd", global_weight=1.0, local_weight=0.0, prior_weight=1.0
 PRESETS = {
     "imagenet": _LOCAL,
     "global_imagenet": replace(_LOCAL, objective=_GLOBAL, notes="DIM(G) with JSD; as imagenet."),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.supervised(32, scale=(0.3, 1.0)),
         test=recipes.center(32, 32),

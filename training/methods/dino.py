@@ -32,8 +32,8 @@ from headrace.training.blocks.self_distillation import (
 )
 from headrace.training.blocks.teacher import follow, start_equal
 from headrace.training.blocks.views import GLOBAL_VIEWS, by_size, require_global_views
-from headrace.training.config import Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import Optim, Preset
 from headrace.training.schedules import cosine
 
 
@@ -157,7 +157,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Dino
 
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="vit_small_patch16_224",
         augmentation=recipes.dino(),
         test=recipes.center(),
@@ -174,7 +174,7 @@ PRESETS = {
         objective=Objective(),
         notes="The code's defaults: kNN 69.3 and linear 74.0 after 100 epochs, 42 hours on 8 V100.",
     ),
-    "imagenet_300": Recipe(
+    "imagenet_300": Preset(
         backbone="vit_small_patch16_224",
         augmentation=recipes.dino(),
         test=recipes.center(),
@@ -196,7 +196,7 @@ PRESETS = {
         notes="The boosted run of the code's README: kNN 73.3 and linear 76.0, 62 hours on 16 V100."
         " Its best ViT-S/16, 800 epochs with other crop scales, has 74.5 and 77.0.",
     ),
-    "imagenet_resnet50": Recipe(
+    "imagenet_resnet50": Preset(
         backbone="resnet50",
         backbone_options={"zero_init_last": False},
         augmentation=recipes.dino(global_scale=(0.14, 1.0), local_scale=(0.05, 0.14)),
@@ -214,7 +214,7 @@ PRESETS = {
         notes="The command of the code's README for 8 GPUs, without results there. Its released "
         "ResNet-50 (kNN 67.5, linear 75.3) had other options, and a batch of 4080.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.dino(32, 16, 4, local_scale=(0.1, 0.4), blur=False),
         test=recipes.center(32, 32),

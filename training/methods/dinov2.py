@@ -33,8 +33,8 @@ from headrace.training.blocks.teacher import follow, start_equal
 from headrace.training.blocks.tokens import take, vision_transformer
 from headrace.training.blocks.views import require_global_views
 from headrace.training.collectives import gather_with_gradient, rank
-from headrace.training.config import Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import Optim, Preset
 from headrace.training.schedules import cosine
 
 BACKBONE_OPTIONS = {"global_pool": "token", "fc_norm": False}
@@ -204,7 +204,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Dino
 _SMALL_VIT = {"img_size": 32, "patch_size": 4, "depth": 3, "embed_dim": 64, "num_heads": 2}
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="vit_large_patch16_224",
         backbone_options={"init_values": 1e-5},
         augmentation=recipes.dinov2(),
@@ -223,7 +223,7 @@ PRESETS = {
         objective=Objective(centering="mean"),
         notes="The code's vitl16_short, 125,000 steps, a day on 32 A100: kNN 81.6, linear 82.9.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="vit_tiny_patch16_224",
         backbone_options=_SMALL_VIT,
         augmentation=recipes.dinov2(32, 16, 2, local_scale=(0.1, 0.4), patch_pixels=4, blur=False),

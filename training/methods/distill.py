@@ -26,8 +26,8 @@ from headrace.training.blocks.classifier_teacher import LazyTeacher
 from headrace.training.blocks.heads import feature_dim
 from headrace.training.blocks.targets import cross_entropy, has_label
 from headrace.training.collectives import mean_over_ranks
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 INIT_IS_TEACHER = True
 
@@ -120,7 +120,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Dist
 
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="resnet50",
         augmentation=recipes.supervised(),
         test=recipes.center(),
@@ -133,7 +133,7 @@ PRESETS = {
         "larger network that was fine-tuned on 1 % and 10 % of the labels: top-1 73.9 and 77.5 "
         "(abstract).",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.supervised(32, scale=(0.25, 1.0)),
         test=recipes.center(32, 32),

@@ -28,8 +28,8 @@ from headrace.training.blocks.drop_path import key_drop_paths
 from headrace.training.blocks.teacher import follow, start_equal
 from headrace.training.blocks.tokens import take, vision_transformer
 from headrace.training.blocks.views import require_global_views
-from headrace.training.config import Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import Optim, Preset
 from headrace.training.schedules import cosine
 
 BACKBONE_OPTIONS = {"global_pool": "token", "fc_norm": False}
@@ -202,7 +202,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Ibot
 _SMALL_VIT = {"img_size": 32, "patch_size": 4, "depth": 3, "embed_dim": 64, "num_heads": 2}
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="vit_small_patch16_224",
         augmentation=recipes.ibot(),
         test=recipes.center(),
@@ -219,7 +219,7 @@ PRESETS = {
         objective=Objective(normalize_prototypes=False, teacher_temperature=0.07),
         notes="ViT-S/16 of the code's README: kNN 75.2, linear 77.9, fine-tuned 82.3.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="vit_tiny_patch16_224",
         backbone_options=_SMALL_VIT,
         augmentation=recipes.ibot(32, 16, 2, local_scale=(0.1, 0.4), patch_pixels=4, blur=False),

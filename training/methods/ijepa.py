@@ -40,8 +40,8 @@ from headrace.training.blocks.tokens import (
     take,
     vision_transformer,
 )
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 from headrace.training.schedules import linear
 
 BACKBONE_OPTIONS = {"class_token": False, "global_pool": "avg", "fc_norm": False}
@@ -212,7 +212,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Ijep
 _SMALL_VIT = {"img_size": 32, "patch_size": 4, "depth": 4, "embed_dim": 64, "num_heads": 2}
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="vit_huge_patch14_224",
         augmentation=recipes.ijepa(),
         test=recipes.center(),
@@ -231,7 +231,7 @@ PRESETS = {
         objective=Objective(),
         notes="ViT-H/14 of the code's in1k_vith14_ep300: linear 79.3, under 72 hours on 16 A100.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="vit_tiny_patch16_224",
         backbone_options=_SMALL_VIT,
         augmentation=recipes.ijepa(32, patch_pixels=4, group=1),

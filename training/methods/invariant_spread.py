@@ -24,8 +24,8 @@ from headrace.pipelines.batch import Batch
 from headrace.pipelines.recipe import Augmentation
 from headrace.training.blocks.heads import feature_dim
 from headrace.training.collectives import gather_rows, rank
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 _LARGEST_LOG = -1e-6
 """Keeps log(1 - P) finite where float32 takes P for 1."""
@@ -132,7 +132,7 @@ def augmentation(pixels: int = 224) -> Augmentation:
 
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="resnet50",
         backbone_options={"zero_init_last": False},
         augmentation=augmentation(),
@@ -151,7 +151,7 @@ PRESETS = {
         notes="The paper has no ImageNet run: this is NPID's recipe with the paper's loss, without "
         "a published number.",
     ),
-    "cifar_resnet18": Recipe(
+    "cifar_resnet18": Preset(
         backbone="resnet18",
         backbone_options={"zero_init_last": False},
         augmentation=augmentation(32),
@@ -171,7 +171,7 @@ PRESETS = {
         notes="The paper's CIFAR-10 run: kNN of the projection 83.6 (k 200). Its ResNet-18 has a "
         "stem for 32 pixels, timm's one for 224; its second milestone halves the rate.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=augmentation(32),
         test=recipes.center(32, 32),

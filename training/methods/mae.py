@@ -39,8 +39,8 @@ from headrace.training.blocks.tokens import (
     take,
     vision_transformer,
 )
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 BACKBONE_OPTIONS = {"global_pool": "avg", "fc_norm": False}
 JUDGED_BY = "linear"
@@ -178,8 +178,8 @@ _OPTIM = Optim(
 )
 
 
-def _published(backbone: str, patch_pixels: int, notes: str) -> Recipe:
-    return Recipe(
+def _published(backbone: str, patch_pixels: int, notes: str) -> Preset:
+    return Preset(
         backbone=backbone,
         augmentation=recipes.mae(patch_pixels=patch_pixels),
         test=recipes.center(),
@@ -203,7 +203,7 @@ PRESETS = {
     "vit_huge": _published(
         "vit_huge_patch14_224", 14, "1600 epochs in the paper: fine-tuned 86.9, linear 76.6."
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="vit_tiny_patch16_224",
         backbone_options={
             "img_size": 32,

@@ -36,8 +36,8 @@ from headrace.training.blocks.memory import Queue, RowMemory
 from headrace.training.blocks.norm_groups import group_norms, require_groups
 from headrace.training.blocks.teacher import follow, start_equal
 from headrace.training.collectives import gather_rows, gather_with_gradient, rank
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Moco
 
 _V1 = Objective(temperature=0.07, projection_layers=1)
 _SGD = Optim(name="sgd", learning_rate=0.03, warmup_epochs=0, weight_decay=1e-4)
-_V1_RECIPE = Recipe(
+_V1_RECIPE = Preset(
     backbone="resnet50",
     backbone_options={"zero_init_last": False},
     augmentation=recipes.moco_v1(),
@@ -231,7 +231,7 @@ PRESETS = {
         notes="Figure 2b: v1 but for the dictionary. Linear 58.0. The paper does not give the "
         "bank's momentum; 0.5 is Wu et al.'s.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.moco_v2(32, blur=False),
         test=recipes.center(32, 32),

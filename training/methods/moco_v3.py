@@ -29,8 +29,8 @@ from headrace.training.blocks.info_nce import batch_info_nce
 from headrace.training.blocks.positions import sine_cosine
 from headrace.training.blocks.teacher import follow, start_equal
 from headrace.training.collectives import gather_rows, rank
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 from headrace.training.schedules import cosine
 
 
@@ -165,7 +165,7 @@ def prepare(encoder: VisionTransformer, objective: Objective, *, from_scratch: b
 _VIT = Optim(name="adamw", learning_rate=1.5e-4, warmup_epochs=40, weight_decay=0.1)
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="vit_base_patch16_224",
         augmentation=recipes.moco_v3(),
         test=recipes.center(interpolation="bilinear"),
@@ -175,7 +175,7 @@ PRESETS = {
         objective=Objective(),
         notes="Linear 76.7, fine-tuned 83.2 (the code's README).",
     ),
-    "vit_s16_imagenet": Recipe(
+    "vit_s16_imagenet": Preset(
         backbone="vit_small_patch16_224",
         backbone_options={"num_heads": 12},  # timm has 6
         augmentation=recipes.moco_v3(),
@@ -186,7 +186,7 @@ PRESETS = {
         objective=Objective(),
         notes="Linear 73.2, fine-tuned 81.4 (the code's README).",
     ),
-    "resnet50_imagenet": Recipe(
+    "resnet50_imagenet": Preset(
         backbone="resnet50",
         augmentation=recipes.moco_v3(crop_min=0.2),
         test=recipes.center(interpolation="bilinear"),
@@ -197,7 +197,7 @@ PRESETS = {
         notes="Linear 68.9 (the code's README). 72.8 after 300 epochs and 74.6 after 1000, both "
         "with a learning rate of 0.3; 1000 with weight decay 1.5e-6 and teacher momentum 0.996.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.moco_v3(32, crop_min=0.2, blur=False),
         test=recipes.center(32, 32),

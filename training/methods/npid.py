@@ -27,8 +27,8 @@ from headrace.pipelines.batch import Batch
 from headrace.pipelines.recipe import Augmentation
 from headrace.training.blocks.heads import feature_dim
 from headrace.training.blocks.nce import FeatureBank, own_and_noise, unit
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ _OPTIM = Optim(
 )
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="resnet50",
         backbone_options={"zero_init_last": False},
         augmentation=augmentation(),
@@ -146,7 +146,7 @@ PRESETS = {
         notes="kNN of the projection 46.8 (the code's README; k 200); linear 54.99 of its weights "
         "(VISSL), 56.5 by CMC's code.",
     ),
-    "imagenet_softmax": Recipe(
+    "imagenet_softmax": Preset(
         backbone="resnet50",
         backbone_options={"zero_init_last": False},
         augmentation=augmentation(),
@@ -158,7 +158,7 @@ PRESETS = {
         notes="Linear 58.5 (the code's README, its updated model); CMC's code has the same with "
         "16384. A rank with 32 images reads 1.1 GB of the bank in a step.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=augmentation(32),
         test=recipes.center(32, 32),

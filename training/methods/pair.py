@@ -24,8 +24,8 @@ from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
 from headrace.training.blocks.heads import Mlp, feature_dim
 from headrace.training.collectives import gather_with_gradient, rank, world_size
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Pair
 
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="resnet50",
         augmentation=recipes.moco_v2(),
         test=recipes.center(interpolation="bilinear"),
@@ -154,7 +154,7 @@ PRESETS = {
         notes="Not from a paper, and without a published number: MoCo v2's augmentation, optimiser "
         "and length.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.moco_v2(32, blur=False),
         test=recipes.center(32, 32),

@@ -31,8 +31,8 @@ from headrace.training.blocks.memory import Queue, RowMemory
 from headrace.training.blocks.norm_groups import group_norms, require_groups
 from headrace.training.blocks.teacher import follow, start_equal
 from headrace.training.collectives import gather_rows
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Context, Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Pcl:
     return method
 
 
-_V2 = Recipe(
+_V2 = Preset(
     backbone="resnet50",
     backbone_options={"zero_init_last": False},
     augmentation=recipes.moco_v2(),
@@ -231,7 +231,7 @@ PRESETS = {
         objective=Objective(projection_layers=1),
         notes="v1. Linear 61.5 (the code's README).",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.moco_v2(32, blur=False),
         test=recipes.center(32, 32),

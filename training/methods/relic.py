@@ -29,8 +29,8 @@ from headrace.training.blocks.cosine import spread
 from headrace.training.blocks.heads import Mlp, feature_dim
 from headrace.training.blocks.teacher import follow
 from headrace.training.collectives import gather_rows, rank
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 from headrace.training.schedules import cosine
 
 
@@ -146,7 +146,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Reli
 
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="resnet50",
         augmentation=recipes.byol(),
         test=recipes.center(),
@@ -157,7 +157,7 @@ PRESETS = {
         notes="Linear 74.8 in the paper (table 1), 0.5 above BYOL; it does not name the "
         "temperature and the weight of the penalty that this took.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.byol(32, blur=False),
         test=recipes.center(32, 32),

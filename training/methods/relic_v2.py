@@ -33,9 +33,9 @@ from headrace.training.blocks.heads import Mlp, feature_dim
 from headrace.training.blocks.teacher import follow
 from headrace.training.blocks.views import by_size
 from headrace.training.collectives import gather_rows, rank
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
 from headrace.training.methods.relic import divergence
+from headrace.training.preset import ConfigError, Optim, Preset
 from headrace.training.schedules import cosine
 
 SALIENCY = "saliency"  # the component of a data set, and the draw of who is masked
@@ -204,7 +204,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Reli
     return RelicV2(objective, make_encoder, large)
 
 
-def _recipe(swav: Augmentation, large: int, *, masks: bool, notes: str, **run: Any) -> Recipe:
+def _recipe(swav: Augmentation, large: int, *, masks: bool, notes: str, **run: Any) -> Preset:
     """SwAV's views, but for the number of large ones; with masks for these where asked for."""
     first, second = swav.views
     components = (SALIENCY,) if masks else ()
@@ -214,7 +214,7 @@ def _recipe(swav: Augmentation, large: int, *, masks: bool, notes: str, **run: A
     draws = draws if masks else ()
     views = replace(swav, name="relic_v2", views=(first, second), draws=draws)
     objective = replace(run.pop("objective"), saliency_probability=0.1 if masks else 0.0)
-    return Recipe(augmentation=views, objective=objective, notes=notes, **run)
+    return Preset(augmentation=views, objective=objective, notes=notes, **run)
 
 
 _IMAGENET: dict[str, Any] = {

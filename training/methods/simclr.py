@@ -28,8 +28,8 @@ from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
 from headrace.training.blocks.heads import Mlp, feature_dim
 from headrace.training.collectives import gather_with_gradient, rank
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ _RAW = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 """Mean and std of pixels that stay in [0, 1], as the code leaves them."""
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="resnet50",
         augmentation=recipes.simclr(additive_brightness=True),
         test=recipes.center(mean=_RAW[0], std=_RAW[1]),
@@ -123,7 +123,7 @@ PRESETS = {
         objective=Objective(),
         notes="Linear 69.1 (the code's README); 64.5 after 100 epochs, with weight decay 1e-4.",
     ),
-    "v2_imagenet": Recipe(
+    "v2_imagenet": Preset(
         backbone="resnet50",
         augmentation=recipes.simclr(),
         test=recipes.center(mean=_RAW[0], std=_RAW[1]),
@@ -134,7 +134,7 @@ PRESETS = {
         objective=Objective(projection_layers=3),
         notes="Linear 71.7; fine-tuned on 1 % of labels 57.9, on 10 % 68.4 (the code's README).",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.simclr(32, strength=0.5, blur=False),
         test=recipes.center(32, 32, mean=_RAW[0], std=_RAW[1]),

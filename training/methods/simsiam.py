@@ -21,8 +21,8 @@ from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
 from headrace.training.blocks.cosine import cosine_to_other_view, spread
 from headrace.training.blocks.heads import Mlp, feature_dim
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> SimS
     return SimSiam(objective, make_encoder)
 
 
-def _imagenet(epochs: int, notes: str) -> Recipe:
+def _imagenet(epochs: int, notes: str) -> Preset:
     """timm's ResNets start the last norm of each residual block at 0, as the code's do."""
-    return Recipe(
+    return Preset(
         backbone="resnet50",
         augmentation=recipes.moco_v2(),
         test=recipes.center(),
@@ -112,7 +112,7 @@ def _imagenet(epochs: int, notes: str) -> Recipe:
 PRESETS = {
     "imagenet": _imagenet(100, "Linear 68.1 (the code's README); 8 V100."),
     "imagenet_800": _imagenet(800, "Linear 71.3 (table 4, with batches of 256)."),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.moco_v2(32, blur=False),
         test=recipes.center(32, 32),

@@ -35,8 +35,8 @@ from headrace.training.blocks.patches import (
 )
 from headrace.training.blocks.sparse import VisibleCells, residual_network, sparse
 from headrace.training.blocks.tokens import kept_patches, most_masked
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 JUDGED_BY = "linear"
 SCALES = 4  # maps that the decoder takes, the last one and those of twice its resolution, ...
@@ -216,7 +216,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Spar
 
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="resnet50",
         augmentation=recipes.spark(),
         test=recipes.center(),
@@ -237,7 +237,7 @@ PRESETS = {
         objective=Objective(),
         notes="1600 epochs: fine-tuned top-1 80.6 (the code's table).",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.spark(64, patch_pixels=32),
         test=recipes.center(64, 64),

@@ -20,8 +20,8 @@ from headrace.training.blocks.heads import feature_dim
 from headrace.training.blocks.targets import agreement, cross_entropy, has_label
 from headrace.training.blocks.weight_decay import token_free_groups
 from headrace.training.collectives import mean_over_ranks
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Supe
 
 
 PRESETS = {
-    "imagenet": Recipe(
+    "imagenet": Preset(
         backbone="resnet50",
         backbone_options={"zero_init_last": False},
         augmentation=recipes.supervised(),
@@ -114,7 +114,7 @@ PRESETS = {
         objective=Objective(decay_everything=True),
         notes="The classic recipe: top-1 76.1 (torchvision's first weights).",
     ),
-    "vit_b16_imagenet": Recipe(
+    "vit_b16_imagenet": Preset(
         backbone="vit_base_patch16_224",
         augmentation=recipes.supervised(),
         test=recipes.center(),
@@ -132,7 +132,7 @@ PRESETS = {
         notes="A plain loop: AdamW over all parameters at a learning rate that does not depend on "
         "the batch, no warm-up, a tenth of the training set held out for top-1 and top-5.",
     ),
-    "deit_s16_imagenet": Recipe(
+    "deit_s16_imagenet": Preset(
         backbone="vit_small_patch16_224",
         augmentation=recipes.deit(),
         test=recipes.center(),
@@ -150,7 +150,7 @@ PRESETS = {
         notes="DeiT-S without distillation: top-1 79.8 (Touvron et al. 2021, table 5), there with "
         "--data.repeated-augmentation 3.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.supervised(32, scale=(0.25, 1.0)),
         test=recipes.center(32, 32),
@@ -161,7 +161,7 @@ PRESETS = {
         holdout=0.1,
         notes="Not from a paper: sized for two CPU cores.",
     ),
-    "deit_cifar": Recipe(
+    "deit_cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.deit(32, group=32),
         test=recipes.center(32, 32),

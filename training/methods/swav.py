@@ -29,8 +29,8 @@ from headrace.training.blocks.self_distillation import cross_view_entropy
 from headrace.training.blocks.sinkhorn import sinkhorn
 from headrace.training.blocks.views import GLOBAL_VIEWS, by_size, require_global_views
 from headrace.training.collectives import gather_rows, rank, world_size
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> SwAV
 
 
 _STD = recipes.swav().std
-_IMAGENET = Recipe(
+_IMAGENET = Preset(
     backbone="resnet50",
     backbone_options={"zero_init_last": False},
     augmentation=recipes.swav(),
@@ -186,7 +186,7 @@ _IMAGENET = Recipe(
 
 PRESETS = {
     "imagenet": _IMAGENET,
-    "small_batch_imagenet": Recipe(
+    "small_batch_imagenet": Preset(
         backbone="resnet50",
         backbone_options=_IMAGENET.backbone_options,
         augmentation=recipes.swav(),
@@ -204,7 +204,7 @@ PRESETS = {
         notes="scripts/swav_400ep_bs256_pretrain.sh: linear 74.3, 52 minutes per epoch on 4 V100; "
         "72.7 after 200 epochs.",
     ),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.swav(
             global_pixels=32, local_pixels=16, local_count=4, local_scale=(0.1, 0.4), blur=False

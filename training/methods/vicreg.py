@@ -27,8 +27,8 @@ from headrace.training.blocks.correlation import centered, off_diagonal, sum_for
 from headrace.training.blocks.cosine import spread
 from headrace.training.blocks.heads import Mlp, feature_dim
 from headrace.training.collectives import world_size
-from headrace.training.config import ConfigError, Optim, Recipe
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
+from headrace.training.preset import ConfigError, Optim, Preset
 
 _EPSILON = 1e-4
 """Keeps the gradient of the standard deviation finite (eq. 2)."""
@@ -132,8 +132,8 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> VicR
     return VicReg(objective, make_encoder)
 
 
-def _imagenet(epochs: int, batch_size: int, learning_rate: float, notes: str) -> Recipe:
-    return Recipe(
+def _imagenet(epochs: int, batch_size: int, learning_rate: float, notes: str) -> Preset:
+    return Preset(
         backbone="resnet50",
         # BYOL's views by torchvision, in DINO's order of operations.
         augmentation=replace(recipes.dino(local_count=0, global_scale=(0.08, 1.0)), name="vicreg"),
@@ -155,7 +155,7 @@ def _imagenet(epochs: int, batch_size: int, learning_rate: float, notes: str) ->
 PRESETS = {
     "imagenet": _imagenet(1000, 2048, 0.2, "Linear 73.2 (the code's README); 32 V100."),
     "imagenet_100": _imagenet(100, 512, 0.3, "The code's command for 100 epochs on 8 GPUs."),
-    "cifar": Recipe(
+    "cifar": Preset(
         backbone="test_resnet",
         augmentation=replace(
             recipes.dino(32, local_count=0, global_scale=(0.2, 1.0), blur=False), name="vicreg"

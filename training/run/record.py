@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.declaration import augmentation_from
-from headrace.pipelines.engines import Approximation
 from headrace.pipelines.recipe import Augmentation, RecipeError
 from headrace.shards.store import Store
 from headrace.training.backbones import ENCODER_FILE, read_initial
 from headrace.training.build import build_method
-from headrace.training.config import ConfigError, approximations, find_method
+from headrace.training.config import approximations
 from headrace.training.method import Facts, Method
+from headrace.training.preset import ConfigError, find_method
 from headrace.training.run.checkpoint import CHECKPOINT_FILE
 
 CONFIG_FILE = "config.json"

@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali.pipeline import Pipeline
 
+from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.engines import Approximation, SampleError, Unsupported, Work
+from headrace.pipelines.engines import SampleError, Unsupported, Work
 from headrace.pipelines.engines.dali.graph import (
     FINISHED,
     build_pipeline,

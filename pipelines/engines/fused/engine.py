@@ -23,8 +23,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.engines import Approximation, SampleError, Work, give_way
+from headrace.pipelines.engines import SampleError, Work, give_way
 from headrace.pipelines.engines.fused.memory import Room, aligned, allocate, room
 from headrace.pipelines.engines.fused.program import Layout, lower
 from headrace.pipelines.engines.fused.render import Program, Scratch, mix, render

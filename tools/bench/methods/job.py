@@ -26,8 +26,9 @@ from headrace.tools.bench.methods.rows import PIXELS, Row
 from headrace.tools.bench.proc import processor
 from headrace.training.backbones import ENCODER_FILE
 from headrace.training.command_line import parse_command_line
-from headrace.training.config import Config, ConfigError, find_method
+from headrace.training.config import Config
 from headrace.training.inputs import largest_side_pixels, open_train
+from headrace.training.preset import ConfigError, find_method
 from headrace.training.run.checkpoint import METRICS_FILE
 from headrace.training.run.record import CONFIG_FILE, read_record, untrained_encoder
 

@@ -10,8 +10,9 @@ from statistics import median
 import numpy as np
 
 from headrace.pipelines import recipes
+from headrace.pipelines.approximation import APPROXIMATIONS
 from headrace.pipelines.draw import draw
-from headrace.pipelines.engines import APPROXIMATIONS, Unsupported
+from headrace.pipelines.engines import Unsupported
 from headrace.pipelines.loader import Loader, LoaderError, open_loader
 from headrace.pipelines.order import Order
 from headrace.pipelines.recipe import Augmentation

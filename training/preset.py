@@ -1,0 +1,140 @@
+"""What a method's file declares: its presets, whole experiments by name; and methods by name.
+
+A method's PRESETS are `Preset`s: the published numbers, complete. `command_line.py` starts from one
+of them and replaces single values; what comes out is a `config.Config`.
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from headrace.pipelines.recipe import Augmentation
+
+SMALL_PIXELS = 64  # the largest image of a data set that --preset auto calls CIFAR-sized
+
+
+class ConfigError(ValueError):
+    """A command line or configuration that cannot be run: what, where, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The optimiser and its schedules. Schedules are functions of the run's progress in [0, 1]."""
+
+    name: Literal["adamw", "sgd", "lars", "larc", "lamb"] = "adamw"
+    learning_rate: float = 5e-4
+    """Peak, for a batch of 256: multiplied by batch / 256 unless scale-with-batch is off."""
+    final_learning_rate: float = 0.0
+    """At the end of the run, under the same rule of scaling."""
+    scale_with_batch: bool = True
+    """Scale all learning rates linearly with the global batch."""
+    warmup_epochs: float = 10.0
+    """Epochs of linear warm-up."""
+    warmup_from: float = 0.0
+    """Learning rate at the first step, under the same rule of scaling."""
+    schedule: Literal["cosine", "constant", "steps"] = "cosine"
+    """What follows the warm-up."""
+    milestones: tuple[float, ...] = ()
+    """steps: fractions of the run at which the learning rate is multiplied by step-factor."""
+    step_factor: float = 0.1
+    weight_decay: float = 0.04
+    """AdamW: decoupled; SGD, LARS and LARC: added to the gradient; LAMB: to the step, before it is
+    rescaled."""
+    final_weight_decay: float | None = None
+    """Weight decay at the end of the run, reached on a cosine; None keeps it constant."""
+    momentum: float = 0.9
+    """SGD, LARS and LARC."""
+    nesterov: bool = False
+    """SGD."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW and LAMB."""
+    epsilon: float = 1e-8
+    """AdamW; LAMB, where 1e-6 is usual."""
+    trust_coefficient: float = 1e-3
+    """LARS and LARC."""
+    clip_norm: float | None = None
+    """Clip the global gradient norm to this."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a method's PRESETS hold: a paper's whole experiment on one page.
+
+    augmentation: the training views. test: one view named "test", for evaluation.
+    objective: an instance of the method's own `Objective`. notes: the paper's numbers and hours.
+    """
+
+    backbone: str
+    augmentation: Augmentation
+    test: Augmentation
+    optim: Optim
+    batch_size: int
+    epochs: float
+    objective: Any
+    backbone_options: Mapping[str, Any] = field(default_factory=dict)
+    holdout: float = 0.0
+    notes: str = ""
+
+
+def find_method(name: str) -> ModuleType:
+    """The module of a method: training/methods/<name>.py, or any importable module by dotted name.
+
+    Raises ConfigError, listing what exists, for an unknown name, and for a module that is no
+    method.
+    """
+    module_name = name if "." in name else f"headrace.training.methods.{name}"
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise  # the method was found; something that it imports was not
+        if "." in name:
+            raise ConfigError(
+                f"--method {name}: there is no module {error.name!r} in the current directory or "
+                f"on the Python path"
+            ) from error
+        raise ConfigError(
+            f"--method {name} is unknown{nearest(name, method_names())}; there are "
+            f"{', '.join(method_names())} in training/methods, and any module by its dotted name"
+        ) from error
+    missing = [part for part in ("Objective", "PRESETS", "build") if not hasattr(module, part)]
+    if missing:
+        raise ConfigError(f"--method {name}: {module.__file__} has no {' and no '.join(missing)}")
+    return module
+
+
+def method_names() -> list[str]:
+    """The methods that are files of training/methods."""
+    files = (Path(__file__).parent / "methods").glob("*.py")
+    return sorted(file.stem for file in files if file.stem != "__init__")
+
+
+def find_preset(
+    module: ModuleType, name: str, largest_side_pixels: Callable[[], int]
+) -> tuple[str, Preset]:
+    """A method's preset by name. "auto" is "cifar" where no image is larger than 64 pixels, else
+    "imagenet"."""
+    presets: Mapping[str, Preset] = module.PRESETS
+    if name == "auto":
+        name = "cifar" if largest_side_pixels() <= SMALL_PIXELS else "imagenet"
+        if name not in presets:
+            raise ConfigError(
+                f"{module.__name__} has no preset {name!r}, which --preset auto asks for with "
+                f"these images; choose among {', '.join(presets)}"
+            )
+    if name not in presets:
+        raise ConfigError(
+            f"--preset {name} is unknown{nearest(name, presets)}; {module.__name__} has auto, "
+            f"{', '.join(presets)}"
+        )
+    return name, presets[name]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: ": did you mean ...?", or nothing."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f": did you mean {near[0]}?" if near else ""
