@@ -111,7 +111,9 @@ class Context(Protocol):
 class Method(nn.Module):
     """Composition, not inheritance of behaviour: every hook does nothing unless a method says so.
 
-    `encoder` is what is judged and exported: for a method with a teacher, the teacher.
+    `encoder` is what is judged and exported: for a method with a teacher, the teacher. A method
+    marks the hooks that it has with `@override` (typing_extensions), so that a misspelt one, which
+    nobody would call, is an error of the type checker.
     """
 
     encoder: nn.Module
