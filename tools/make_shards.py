@@ -14,6 +14,7 @@ from headrace.shards.manifest import Format
 from headrace.shards.sources import list_source
 from headrace.shards.sources.samples import SourceSplit, estimate_bytes
 from headrace.shards.workers import open_executor, usable_cores
+from headrace.training.invocation import as_typed
 
 DESCRIPTION = """\
 Pack images into shards for training, checked, shuffled and indexed.
@@ -80,9 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "make_shards.py",
+        as_typed("tools/make_shards.py"),
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog=as_typed(EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

@@ -28,6 +28,7 @@ from headrace.pipelines.recipe import (
     ViewOp,
 )
 from headrace.training.config import Config, Data, Run, approximations, check
+from headrace.training.invocation import as_typed
 from headrace.training.preset import (
     SMALL_PIXELS,
     ConfigError,
@@ -93,7 +94,10 @@ def _parse_options(
     try:
         with nullcontext() if asked_for_help else redirect_stderr(said):
             return tyro.cli(
-                declared, args=list(arguments), prog="training/train.py", description=description
+                declared,
+                args=list(arguments),
+                prog=as_typed("training/train.py"),
+                description=description,
             )
     except SystemExit as error:
         if asked_for_help:
@@ -290,7 +294,7 @@ def _general_help() -> str:
         for prefix, kind in (("data", Data), ("run", Run), ("optim", Optim))
         for names in [[name for name in _option_names(kind, "") if not name.startswith("no-")]]
     )
-    return f"""Pre-train an image encoder.
+    return as_typed(f"""Pre-train an image encoder.
 
   training/train.py --method METHOD [options]
   torchrun --standalone --nproc-per-node N training/train.py --method METHOD [options]
@@ -311,7 +315,7 @@ options (METHOD's own ones, all meanings and defaults: --method METHOD --help)
   --init           a run whose encoder this one starts from
 {groups}
   --objective.*    of the method
-  --augmentation.* of the preset's views"""
+  --augmentation.* of the preset's views""")
 
 
 def _hanging(text: str, columns: int) -> str:

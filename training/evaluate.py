@@ -31,6 +31,7 @@ from headrace.training.config import approximations
 from headrace.training.ending import run_and_exit
 from headrace.training.features import Features, extract
 from headrace.training.inputs import open_train, open_val
+from headrace.training.invocation import as_typed
 from headrace.training.preset import ConfigError
 from headrace.training.protocols.knn import (
     NEIGHBOURS,
@@ -88,16 +89,16 @@ def main(arguments: Sequence[str]) -> int:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     sweep = Sweep()
     parser = argparse.ArgumentParser(
-        prog="training/evaluate.py",
+        prog=as_typed("training/evaluate.py"),
         description="Judge a run's encoder by its frozen features of the recipe's test view, a "
         "fixed view without augmentation: by the classes of an image's nearest neighbours, or by a "
         "linear classifier.",
-        epilog="""examples:
+        epilog=as_typed("""examples:
   python training/evaluate.py runs/dino
   python training/evaluate.py runs/dino --untrained --k 20 --json untrained.json
   python training/evaluate.py runs/mae --protocol knn linear --linear.learning-rates 0.01 0.1 1
   torchrun --standalone --nproc-per-node 8 training/evaluate.py runs/dino --data.val data/imagenet
-""",
+"""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
