@@ -79,9 +79,25 @@ def test_no_file_has_a_name_that_says_nothing() -> None:
 def test_the_top_level_is_fixed() -> None:
     top = {Path(name).parts[0] for name in TRACKED if (ROOT / name).exists()}
     assert top == {
-        ".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml",
+        ".ci", ".github", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml",
         "pipelines", "shards", "tests", "tools", "training",
     }  # fmt: skip
+
+
+def test_continuous_integration_runs_the_command_of_a_laptop() -> None:
+    import yaml
+
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
+    job = workflow["jobs"]["test"]
+    assert job["steps"][-1]["run"] == "bash tools/test.sh"
+    assert "exec bash tools/test.sh" in (ROOT / ".ci/run").read_text()
+    settings = job["strategy"]["matrix"]["include"]
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    assert all(f"Programming Language :: Python :: {s['python']}" in classifiers for s in settings)
+    for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+        assert yaml.safe_load(path.read_text())
+    for setting in settings:
+        assert (ROOT / setting.get("constraints", ".")).exists()
 
 
 def test_packages_are_the_ones_of_this_checkout() -> None:
