@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from headrace.pipelines import recipes
+from headrace.tools import result_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,7 +64,7 @@ def speed(recipe: str, engine: str, rate: float, **other: Any) -> dict[str, Any]
     ],
 )  # fmt: skip
 def test_numbers_have_two_digits_and_no_exponent(value: float, shown: str) -> None:
-    assert tables.number(value) == shown
+    assert result_tables.number(value) == shown
 
 
 def test_agreement_is_a_table_of_ops_and_one_of_recipes() -> None:
@@ -77,7 +78,7 @@ def test_agreement_is_a_table_of_ops_and_one_of_recipes() -> None:
         agreement("Equalize", "dali", supported=False, reason="no way", against="fused"),
         agreement("dino", "fused", 0.2, 1, 7, kind="recipe"),
     ]
-    assert tables.agreement_table(lines).splitlines() == [
+    assert result_tables.agreement_table(lines).splitlines() == [
         "| op | `fused` | `dali` | `dali` and `fused` |",
         "| --- | --- | --- | --- |",
         "| flip | 0 / 0 / 0 | 0.25 / 1 / 3 | 0.5 / 1 / 4 |",

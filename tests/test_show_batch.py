@@ -13,6 +13,7 @@ from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch, Erased, Mixed
 from headrace.pipelines.engines.device_stage import device_stage, normalize
 from headrace.pipelines.recipe import BlockMask, MultiBlockMask, RandomMask
+from headrace.tools import view_pictures
 from headrace.training.preset import method_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,10 +129,10 @@ def test_two_engines_stand_side_by_side(show_batch: Any) -> None:
     assert all(group.height <= 224 + show_batch.CAPTION_HEIGHT for group in groups)
 
 
-def test_masks_are_greyed(show_batch: Any) -> None:
+def test_masks_are_greyed() -> None:
     mask = np.array([True, False, False, True])
     picture = np.full((8, 8, 3), 255, np.uint8)
-    greyed = show_batch.greyed(picture, mask, RandomMask(4, 0.5))
+    greyed = view_pictures.greyed(picture, mask, RandomMask(4, 0.5))
     assert (greyed[:4, 4:] == 255).all()
     assert (greyed[4:, :4] == 255).all()
     assert (greyed[:4, :4] == greyed[0, 0]).all()
@@ -139,12 +140,12 @@ def test_masks_are_greyed(show_batch: Any) -> None:
     assert (greyed[4:, 4:] == greyed[0, 0]).all()
 
 
-def test_target_blocks_have_colours_of_their_own(show_batch: Any) -> None:
+def test_target_blocks_have_colours_of_their_own() -> None:
     kind = MultiBlockMask(2, targets=2)
     targets = np.zeros((2, 16), np.bool_)
     targets[0, :4] = targets[1, 12:] = True
     picture = np.full((8, 8, 3), 100, np.uint8)
-    shown = show_batch.coloured(picture, targets, kind)
+    shown = view_pictures.coloured(picture, targets, kind)
     first, second, between = shown[0, 0], shown[7, 7], shown[4, 4]
     assert (shown[:2] == first).all()
     assert (shown[6:] == second).all()
@@ -165,13 +166,13 @@ def a_batch(views: tuple[torch.Tensor, ...], **held: Any) -> Batch:
     )
 
 
-def test_finished_views_are_shown_as_the_pixels_they_were(show_batch: Any) -> None:
+def test_finished_views_are_shown_as_the_pixels_they_were() -> None:
     recipe = recipes.swav()
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
     finished = normalize(pixels.contiguous(), recipe.mean, recipe.std)
-    found = show_batch.levels(finished, recipe)
-    np.testing.assert_allclose(found, pixels.permute(0, 2, 3, 1).numpy(), atol=1e-3)
-    np.testing.assert_array_equal(show_batch.levels(pixels, recipe), found.round())
+    shown_levels = view_pictures.levels(finished, recipe)
+    np.testing.assert_allclose(shown_levels, pixels.permute(0, 2, 3, 1).numpy(), atol=1e-3)
+    np.testing.assert_array_equal(view_pictures.levels(pixels, recipe), shown_levels.round())
 
 
 def test_boxes_are_outlined_and_the_partner_is_named(show_batch: Any) -> None:
@@ -189,7 +190,7 @@ def test_boxes_are_outlined_and_the_partner_is_named(show_batch: Any) -> None:
     batch = Batch(**{**vars(batch), "mixed": mixed})
     finished = device_stage(batch, recipe.mean, recipe.std, device=torch.device("cpu"))
     shown = show_batch.Shown(None, recipe, "deit", ("reference",), 0, 2, ())
-    pixels = show_batch.levels(finished.views[0], recipe)
+    pixels = view_pictures.levels(finished.views[0], recipe)
     first, second = (
         np.asarray(next(show_batch._view_pictures(finished, row, 0, pixels[row], shown)))
         for row in (0, 1)

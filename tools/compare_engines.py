@@ -41,7 +41,7 @@ from headrace.shards.index import ShardError
 from headrace.shards.store import Store
 from headrace.tools.bench.proc import processor
 from headrace.tools.compare_cases import LIMITS, PIXELS, Case, levels_of_one, op_cases, recipe_cases
-from headrace.tools.readme_tables import agreement_table, cell
+from headrace.tools.result_tables import agreement_table, cell
 from headrace.training.inputs import open_train
 
 COMPARED: tuple[EngineName, ...] = ("fused", "dali")

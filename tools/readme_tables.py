@@ -10,12 +10,10 @@ a section without markers is left out. Of lines for the same thing the last one 
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,60 +22,16 @@ from headrace.pipelines.engines import finishes
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.atomic import atomic_file
 from headrace.tools.bench.methods.rows import is_pixels, table, verdicts
+from headrace.tools.result_tables import Line, agreement_table, markdown, number
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "tools/benchmarks"
 OWN = ("fused", "dali", "reference")
 PEERS = ("torchvision", "dali_native", "ffcv", "webdataset")
 
-Line = Mapping[str, Any]
-
 
 class TableError(ValueError):
     """A file or a README that no table can be made of: which and why."""
-
-
-def number(value: float) -> str:
-    """Two significant digits without an exponent: 0, 0.00003, 0.18, 4.2, 57."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    decimals = max(0, 1 - math.floor(math.log10(abs(value))))
-    shown = f"{value:.{decimals}f}"
-    return shown.rstrip("0").rstrip(".") if "." in shown else shown
-
-
-def cell(line: Line) -> str:
-    """Mean / 99th percentile / maximum, and how the engine came by them."""
-    if not line["supported"]:
-        return f"no: {line['reason']}"
-    shown = " / ".join(
-        "<0.0001" if 0 < line[key] < 0.0001 else number(line[key])
-        for key in ("mean_levels", "percentile_99_levels", "maximum_levels")
-    )
-    asked = line["approximate"]
-    return f"needs {', '.join(asked)}: {shown}" if asked else shown
-
-
-def agreement_table(lines: Sequence[Line]) -> str:
-    """Op or recipe x engine: the differences from `reference`, and between the others in pairs."""
-    pairs = list(dict.fromkeys((line["against"], line["engine"]) for line in lines))
-    pairs.sort(key=lambda pair: pair[0] != "reference")
-    found = {(line["kind"], line["name"], line["against"], line["engine"]): line for line in lines}
-    parts = []
-    for kind, title in (("op", "op"), ("recipe", "whole recipe")):
-        names = list(dict.fromkeys(line["name"] for line in lines if line["kind"] == kind))
-        if not names:
-            continue
-        rows = [[title, *(_pair(*pair) for pair in pairs)]]
-        for name in names:
-            of_name = [found.get((kind, name, *pair)) for pair in pairs]
-            rows.append([name, *("" if line is None else cell(line) for line in of_name)])
-        parts.append(markdown(rows))
-    return "\n\n".join(parts)
-
-
-def _pair(against: str, engine: str) -> str:
-    return f"`{engine}`" if against == "reference" else f"`{engine}` and `{against}`"
 
 
 def agreement_section(lines: Sequence[Line]) -> str:
@@ -249,13 +203,6 @@ def views(augmentation: Augmentation) -> str:
         (size, len(list(same))) for size, same in groupby(v.size for v in augmentation.flat_views)
     ]
     return " + ".join(f"{count} x {size}" for size, count in sizes)
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "| " + " | ".join("---" for _ in rows[0]) + " |")
-    return "\n".join(lines)
 
 
 def _filled(rows: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -13,11 +13,9 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -40,17 +38,21 @@ from headrace.shards.atomic import atomic_file
 from headrace.shards.index import ShardError
 from headrace.shards.store import Store
 from headrace.tools.contact_sheet import CAPTION_HEIGHT, Cell, Group, contact_sheet, fitting_columns
-from headrace.tools.readme_tables import number
+from headrace.tools.result_tables import number
+from headrace.tools.view_pictures import (
+    class_name,
+    coloured,
+    enlargement,
+    greyed,
+    last_parts,
+    levels,
+    picture_of,
+)
 from headrace.training.inputs import largest_side_pixels, open_train
 from headrace.training.preset import ConfigError, find_method, find_preset
 from headrace.training.run.record import read_record
 
-LEAST_CELL_PIXELS = 144
-MASK_GREY = 150
-TARGET_COLOURS = ((228, 26, 28), (55, 126, 184), (77, 175, 74), (255, 127, 0), (152, 78, 163))
 ERASED_OUTLINE, PASTED_OUTLINE = (255, 255, 0), (255, 0, 255)
-
-Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sheet = contact_sheet(
             cells,
             _groups(shown.augmentation, names),
-            f"{shown.called}   {_short(shown.store.uri)}   {through}, seed {shown.seed}{note}",
+            f"{shown.called}   {last_parts(shown.store.uri)}   {through}, seed {shown.seed}{note}",
         )
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(options.out) as file:
@@ -210,18 +212,6 @@ def _finishes(augmentation: Augmentation) -> bool:
     return erases or augmentation.mix is not None
 
 
-def levels(view: torch.Tensor, augmentation: Augmentation) -> NDArray[np.float32]:
-    """Views [B, 3, H, W] as 8-bit levels [B, H, W, 3], finished ones without normalisation."""
-    pixels = view.permute(0, 2, 3, 1).float()
-    if view.dtype != torch.uint8:
-        pixels = (pixels * torch.tensor(augmentation.std) + torch.tensor(augmentation.mean)) * 255
-    return pixels.numpy()
-
-
-def _picture(pixels: NDArray[np.float32]) -> Image.Image:
-    return Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8))
-
-
 def _cells(batches: Sequence[Batch], shown: Shown) -> tuple[list[Cell], str]:
     """(a cell per sample, what the title must say of them)."""
     batch, store = batches[0], shown.store
@@ -243,9 +233,13 @@ def _cells(batches: Sequence[Batch], shown: Shown) -> tuple[list[Cell], str]:
         else:
             for a, b in zip(*by_engine, strict=True):
                 difference = np.abs(a[row] - b[row])
-                pictures += [_picture(a[row]), _picture(b[row]), _picture(difference * factor)]
+                pictures += [
+                    picture_of(a[row]),
+                    picture_of(b[row]),
+                    picture_of(difference * factor),
+                ]
                 labels += ["", "", f"{number(difference.mean())} / {number(difference.max())}"]
-        caption = _class_name(int(batch.labels[row]), store.classes)
+        caption = class_name(int(batch.labels[row]), store.classes)
         small_print = (f"{ids[row]}: {name}", *_mixing(batch, row))
         cells.append(Cell(decode(encoded), caption, small_print, tuple(pictures), tuple(labels)))
     return cells, f", differences x {factor}" if len(batches) == 2 else ""
@@ -255,7 +249,7 @@ def _view_pictures(
     batch: Batch, row: int, view: int, pixels: NDArray[np.float32], shown: Shown
 ) -> Iterator[Image.Image]:
     """A view with its boxes outlined; where it has a mask, again with what that hides or names."""
-    picture = _picture(pixels)
+    picture = picture_of(pixels)
     outline = ImageDraw.Draw(picture)
     if batch.erased and (erased := batch.erased[view]) is not None:
         for box in erased.boxes[row].tolist():
@@ -289,30 +283,9 @@ def _mixing(batch: Batch, row: int) -> tuple[str, ...]:
     return (f"{kind}: {float(batch.mixed.weights[row]):.2f}, the rest is {partner}",)
 
 
-def greyed(picture: Pixels, mask: NDArray[np.bool_], kind: Mask) -> Pixels:
-    """A copy of the picture uint8 [H, W, 3] whose removed patches (mask bool [N]) are faint."""
-    faint = (picture * 0.15 + MASK_GREY * 0.85).astype(np.uint8)
-    return np.where(_over_pixels(mask, len(picture), kind), faint, picture)
-
-
-def coloured(picture: Pixels, targets: NDArray[np.bool_], kind: Mask) -> Pixels:
-    """A copy that is faint but for the target blocks (bool [targets, N]), each in its colour."""
-    result = greyed(picture, np.ones_like(targets[0]), kind)
-    for target, colour in zip(targets, cycle(TARGET_COLOURS), strict=False):
-        tinted = (picture * 0.6 + np.array(colour) * 0.4).astype(np.uint8)
-        result = np.where(_over_pixels(target, len(picture), kind), tinted, result)
-    return result
-
-
-def _over_pixels(patches: NDArray[np.bool_], pixels: int, kind: Mask) -> NDArray[np.bool_]:
-    """bool [N] over patches as bool [H, W, 1] over pixels."""
-    side = pixels // kind.patch_pixels
-    rows = patches.reshape(side, side).repeat(kind.patch_pixels, 0)
-    return rows.repeat(kind.patch_pixels, 1)[..., None]
-
-
 def _groups(augmentation: Augmentation, engines: Sequence[str] = ("",)) -> list[Group]:
-    scale = _scale(augmentation)
+    # One number for all, so that their sizes stay comparable.
+    scale = enlargement(max(view.size for view in augmentation.views))
     # Beside the original's caption there is room, too.
     room = max(view.size for view in augmentation.views) * scale + CAPTION_HEIGHT
     groups = []
@@ -352,22 +325,6 @@ def _small_print(view: View) -> str:
             return f"{pixels}, {ratio} removed{often}"
         case MultiBlockMask(targets=targets):
             return f"{pixels}, context, {targets} targets"
-
-
-def _scale(augmentation: Augmentation) -> int:
-    """Whole number by which all views are enlarged: their sizes stay comparable."""
-    return max(1, round(LEAST_CELL_PIXELS / max(view.size for view in augmentation.views)))
-
-
-def _class_name(label: int, classes: tuple[str, ...]) -> str:
-    if label < 0:
-        return "no label"
-    return classes[label] if label < len(classes) else f"class {label}"
-
-
-def _short(uri: str) -> str:
-    """The last two parts of a path: what people call the data set."""
-    return "/".join(Path(uri).parts[-2:])
 
 
 if __name__ == "__main__":

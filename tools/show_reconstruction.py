@@ -30,14 +30,21 @@ from headrace.shards.atomic import atomic_file
 from headrace.shards.index import ShardError
 from headrace.shards.store import Store
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
-from headrace.tools.show_batch import LEAST_CELL_PIXELS, MASK_GREY, levels
+from headrace.tools.view_pictures import (
+    MASK_GREY,
+    Levels,
+    class_name,
+    enlargement,
+    last_parts,
+    levels,
+    over_pixels,
+    picture_of,
+)
 from headrace.training.inputs import open_train, open_val
 from headrace.training.preset import ConfigError
 from headrace.training.run import checkpoint
 from headrace.training.run.checkpoint import CheckpointError
 from headrace.training.run.record import Record, built_method, read_record
-
-Levels = NDArray[np.float32]
 
 
 @runtime_checkable
@@ -152,9 +159,7 @@ def hidden(record: Record, batch: Batch) -> NDArray[np.bool_]:
     view, mask = record.augmentation.flat_views[0], batch.masks[0]
     if mask is None or not isinstance(view.mask, RandomMask | BlockMask):
         raise ConfigError(f"{record.directory}: the first view of {record.method} hides nothing")
-    cell, side = view.mask.patch_pixels, view.size // view.mask.patch_pixels
-    over_cells = mask.numpy().reshape(len(mask), side, side)
-    return over_cells.repeat(cell, 1).repeat(cell, 2)[..., None]
+    return over_pixels(mask.numpy(), view.size, view.mask)
 
 
 def columns(seen: Levels, painted: Levels, removed: NDArray[np.bool_]) -> list[Levels]:
@@ -169,14 +174,14 @@ def _sheet(
     view = record.augmentation.flat_views[0]
     seen = levels(batch.views[0], record.augmentation)
     shown = columns(seen, levels(painted, record.augmentation), hidden(record, batch))
-    side = view.size * max(1, round(LEAST_CELL_PIXELS / view.size))
+    side = view.size * enlargement(view.size)
     assert isinstance(view.mask, RandomMask | BlockMask)
     cells = [
         Cell(
-            _picture(seen[row]),
-            _class_name(int(batch.labels[row]), store.classes),
+            picture_of(seen[row]),
+            class_name(int(batch.labels[row]), store.classes),
             (f"{int(batch.ids[row])}: {name}",),
-            tuple(_picture(column[row]) for column in shown),
+            tuple(picture_of(column[row]) for column in shown),
         )
         for row, name in enumerate(store.names(batch.ids.numpy()))
     ]
@@ -187,22 +192,8 @@ def _sheet(
         "with the visible patches": "of the original",
     }
     groups = [Group(heading, small, 1, side, 1) for heading, small in texts.items()]
-    place = "/".join(Path(store.uri).parts[-2:])
-    return contact_sheet(
-        cells,
-        groups,
-        f"{record.method} as in {record.directory.name}, step {step:,}   views of {place}",
-    )
-
-
-def _picture(pixels: Levels) -> Image.Image:
-    return Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8))
-
-
-def _class_name(label: int, classes: tuple[str, ...]) -> str:
-    if label < 0:
-        return "no label"
-    return classes[label] if label < len(classes) else f"class {label}"
+    title = f"{record.method} as in {record.directory.name}, step {step:,}"
+    return contact_sheet(cells, groups, f"{title}   views of {last_parts(store.uri)}")
 
 
 if __name__ == "__main__":
