@@ -21,4 +21,4 @@ def __getattr__(name: str) -> Any:
         from headrace.pipelines import loader
 
         return getattr(loader, name)
-    raise AttributeError(f"module 'pipelines' has no attribute {name!r}")
+    raise AttributeError(f"module 'headrace.pipelines' has no attribute {name!r}")

@@ -23,6 +23,8 @@ import enum
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.shards.errors import UserError
+
 SEED_LIMIT = 1 << 64
 ID_LIMIT = 1 << 40
 EPOCH_LIMIT = 1 << 32
@@ -32,7 +34,7 @@ _ORDINAL_LIMIT = 1 << 6
 _BLOCK_LIMIT = 1 << 20
 
 
-class PlanError(ValueError):
+class PlanError(UserError):
     """A plan that cannot be drawn, or a file that holds none: says which value and why."""
 
 

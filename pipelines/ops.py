@@ -8,11 +8,13 @@ Each op lists under "Draws" the columns that `draw.draw` gives for it, one row p
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from headrace.shards.errors import UserError
+
 Interpolation = Literal["bilinear", "bicubic"]
 DrawScope = Literal["sample", "group"]
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """A recipe that cannot mean anything: says which field of which op, and what it may be."""
 
 

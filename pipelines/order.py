@@ -36,6 +36,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from headrace.pipelines.counters import EPOCH_LIMIT, ID_LIMIT, OCCURRENCE_LIMIT, SEED_LIMIT, Kind
 from headrace.pipelines.permutation import permute
+from headrace.shards.errors import UserError
 
 ORDER_VERSION = 1
 
@@ -43,7 +44,7 @@ Shuffle = Literal["full", "window", "none"]
 Part = Literal["train", "holdout"]
 
 
-class OrderError(ValueError):
+class OrderError(UserError):
     """An order that cannot be: says which number is wrong and what it may be."""
 
 

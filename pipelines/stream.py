@@ -25,10 +25,11 @@ from headrace.pipelines.engines.device_stage import device_stage
 from headrace.pipelines.order import Order, rank_slice
 from headrace.pipelines.recipe import Augmentation
 from headrace.pipelines.table import Table
+from headrace.shards.errors import UserError
 from headrace.shards.store import Store
 
 
-class LoaderError(ValueError):
+class LoaderError(UserError):
     """A loader that cannot be built, resumed or continued: what is wrong and what may be done."""
 
 

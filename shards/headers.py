@@ -13,6 +13,8 @@ from typing import Literal
 
 from PIL import Image
 
+from headrace.shards.errors import UserError
+
 PILLOW_ERRORS = (
     OSError,
     ValueError,
@@ -32,7 +34,7 @@ _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn, not 
 _HUFFMAN_DCT_FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive
 
 
-class HeaderError(ValueError):
+class HeaderError(UserError):
     """The bytes are no image that can be read; says why, the caller says which file."""
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.shards.atomic import atomic_file
+from headrace.shards.errors import UserError
 
 ENCODED = 0
 """`encoding` of a row whose bytes are an image file (JPEG, PNG, ...)."""
@@ -39,7 +40,7 @@ INDEX_FILE = "index.npy"
 NAMES_FILE = "names.bin"
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """Something about a data set on disk is wrong; says what, where, and what to do."""
 
 

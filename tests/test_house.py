@@ -76,6 +76,20 @@ def test_no_file_has_a_name_that_says_nothing() -> None:
     assert not [path for path in PYTHON if path.name in vague]
 
 
+def test_errors_have_one_base() -> None:
+    """So that a script ends with the sentence of each, and no list of them is kept anywhere."""
+    bases = {
+        (path.as_posix(), node.name): [ast.unparse(base) for base in node.bases]
+        for path in PYTHON
+        if path.parts[0] in ("shards", "pipelines", "training")
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    builtin = {"Exception", "OSError", "RuntimeError", "TypeError", "ValueError"}
+    own = [name for name, names in bases.items() if builtin.intersection(names)]
+    assert own == [("shards/errors.py", "UserError")]
+
+
 def test_the_top_level_is_fixed() -> None:
     top = {Path(name).parts[0] for name in TRACKED if (ROOT / name).exists()}
     assert top == {

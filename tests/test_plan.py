@@ -259,6 +259,14 @@ def test_plan_and_order_need_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_recipe_is_declared_with_the_standard_library_alone() -> None:
+    code = (
+        "import sys; from headrace.pipelines import recipe, recipes; "
+        "sys.exit(bool({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_golden_plans_hold_every_column() -> None:
     """What the second files are for: everything that the first one's version did not have."""
     names: set[str] = set()

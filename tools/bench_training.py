@@ -29,6 +29,7 @@ import torch
 
 from headrace.pipelines.loader import usable_cores
 from headrace.shards.atomic import atomic_file
+from headrace.shards.errors import UserError
 from headrace.shards.store import open_store
 from headrace.tools.bench.proc import processor
 from headrace.tools.bench.training.parts import (
@@ -50,7 +51,6 @@ from headrace.tools.bench.training.segment import (
 from headrace.tools.bench.training.verdict import Measured, Setting, decide, sentence
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config, total_steps
-from headrace.training.ending import EXPECTED_ERRORS
 from headrace.training.inputs import (
     largest_side_pixels,
     open_train,
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json is not None:
             with atomic_file(options.json) as file:
                 file.write((json.dumps(result) + "\n").encode())
-    except (BenchError, *EXPECTED_ERRORS) as error:
+    except (BenchError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -6,39 +6,21 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from headrace.pipelines.engines import SampleError, Unsupported
-from headrace.pipelines.loader import LoaderError
-from headrace.pipelines.order import OrderError
-from headrace.pipelines.recipe import RecipeError
-from headrace.shards.index import ShardError
-from headrace.training.preset import ConfigError
-from headrace.training.run.checkpoint import CheckpointError
-from headrace.training.world import WorldError, rank_from_environment
-
-EXPECTED_ERRORS = (
-    CheckpointError,
-    ConfigError,
-    LoaderError,
-    OrderError,
-    RecipeError,
-    SampleError,
-    ShardError,
-    Unsupported,
-    WorldError,
-)
+from headrace.shards.errors import UserError
+from headrace.training.world import rank_from_environment
 
 _HEAD_START_SECONDS = 3.0
 
 
 def run_and_exit(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Run `main` on the command line. Expected errors become `error: ...` and exit code 2.
+    """Run `main` on the command line. A UserError becomes `error: ...` and exit code 2.
 
     Under torchrun rank 0 speaks first; torchrun then ends the others before they say it again. An
     error that another rank has alone is said by that rank.
     """
     try:
         code = main(sys.argv[1:])
-    except EXPECTED_ERRORS as error:
+    except UserError as error:
         code, said = 2, str(error)
     except OSError as error:
         code, said = 1, str(error)  # a full disk, a vanished mount

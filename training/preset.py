@@ -13,11 +13,12 @@ from types import ModuleType
 from typing import Any, Literal
 
 from headrace.pipelines.recipe import Augmentation
+from headrace.shards.errors import UserError
 
 SMALL_PIXELS = 64  # the largest image of a data set that --preset auto calls CIFAR-sized
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A command line or configuration that cannot be run: what, where, and what to do instead."""
 
 

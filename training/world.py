@@ -20,12 +20,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from headrace.shards.errors import UserError
+
 Value = TypeVar("Value")
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-class WorldError(ValueError):
+class WorldError(UserError):
     """Processes that cannot work together: what is missing, and where to look."""
 
 

@@ -29,6 +29,7 @@ from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.batch import Batch, Erased, Mixed
 from headrace.pipelines.plan import Columns, Plan
 from headrace.pipelines.recipe import Augmentation
+from headrace.shards.errors import UserError
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -44,7 +45,7 @@ PREFERENCE: dict[str, tuple[EngineName, ...]] = {
 }
 
 
-class Unsupported(ValueError):
+class Unsupported(UserError):
     """An engine was asked for something that it cannot do exactly.
 
     what: the op, its field or the missing requirement, in words. engine: the engine's name.
@@ -59,7 +60,7 @@ class Unsupported(ValueError):
         return type(self), (self.what, self.engine)
 
 
-class SampleError(ValueError):
+class SampleError(UserError):
     """One sample could not be turned into pixels. The loader adds the sample's name.
 
     sample_id: its place in the store. reason: what the decoder said.

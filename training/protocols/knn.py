@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from headrace.shards.errors import UserError
 from headrace.training.features import Features, progress_bar
 from headrace.training.protocols.accuracy import Accuracy, problem_of, totals
 from headrace.training.world import World, gather_objects, largest_over_ranks
@@ -33,7 +34,7 @@ _VOTE_STEPS = 2.0**44  # exp(-2 / 0.07), the least weight there is, is seven ste
 _NO_SAMPLE = torch.iinfo(torch.int64).max
 
 
-class KnnError(ValueError):
+class KnnError(UserError):
     """Features or labels that kNN cannot judge: says what is missing."""
 
 

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from headrace.pipelines.counters import Kind
 from headrace.pipelines.permutation import permute
+from headrace.shards.errors import UserError
 from headrace.training.features import Features, progress_bar
 from headrace.training.protocols.accuracy import Accuracy, problem_of, totals
 from headrace.training.schedules import cosine
@@ -42,7 +43,7 @@ _VARIANCE_SHARE = 1e-6  # of the features' mean variance, added to each: for tho
 _ROWS_AT_ONCE = 4096
 
 
-class LinearError(ValueError):
+class LinearError(UserError):
     """Features, labels or settings that no linear probe can be trained with: what is missing."""
 
 

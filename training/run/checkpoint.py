@@ -27,6 +27,7 @@ import torch
 
 from headrace.pipelines.loader import differences
 from headrace.shards.atomic import PARTIAL_SUFFIX, atomic_file
+from headrace.shards.errors import UserError
 from headrace.training.backbones import export
 from headrace.training.world import World, from_main
 
@@ -37,7 +38,7 @@ _DIFFERENCES_SHOWN = 5
 _IDS_SHOWN = 64
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A run's directory that cannot be used: what is in the way, and what to do."""
 
 
