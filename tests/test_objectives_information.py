@@ -10,14 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headrace.training.backbones import EncoderFactory
+from headrace.training.blocks.adversary import deception_loss, discriminator_loss
 from headrace.training.method import Facts
 from headrace.training.methods.cpc import ContextBlock, GridEncoder, directed, prediction_loss
-from headrace.training.methods.dim import (
-    Scored,
-    deception_loss,
-    discriminator_loss,
-    information_loss,
-)
+from headrace.training.methods.dim import Scored, information_loss
 from headrace.training.preset import ConfigError
 from tests.objective_checks import Array, assert_same, differs, value_and_gradient
 from tests.tiny_methods import (

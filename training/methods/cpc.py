@@ -11,8 +11,11 @@ The authors published no code for images; Lightning Bolts' `CPCTask` is the clos
 targets are a linear map of the embeddings, both sides carry gradient, scores are scaled by 0.1.
 Deviations: a linear map per distance as in the paper (Bolts has one for all); `negatives` patches
 are drawn from the global batch for all predictions of a step (0: all of its patches); pictures are
-augmented as a whole, not by patches as in v2; the loss is a mean; a context's blocks begin with a
-ReLU (v2: one after the last). The judged encoder gives the mean over a picture's patches.
+augmented as a whole, not patch by patch as in v2; the loss is the mean over distances and
+directions; a block of the context begins with a ReLU, of which v2 has one after the last block
+instead.
+
+The judged encoder gives the mean over a picture's patches; its weights are a timm model's.
 """
 
 from collections.abc import Mapping
@@ -22,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -63,7 +67,7 @@ def prediction_loss(
     negative_numbers: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """InfoNCE (eq. 4 of v1): a mean over predictions, in nats; and how many found their target.
+    """InfoNCE (eq. 4 of v1), a mean over predictions, in nats; and the share that hit its target.
 
     predictions, targets: [n, D], row by row a pair; negatives: [M, D]. numbers, negative_numbers:
     int64 [n], [M]: which patch of the batch a target is: the one that is asked for is no negative
@@ -77,6 +81,11 @@ def prediction_loss(
         logits = torch.cat([positive, others], dim=1)
         first = numbers.new_zeros(len(logits))
         return F.cross_entropy(logits, first), (logits.argmax(1) == 0).float().mean()
+
+
+def by_place(grid: Tensor) -> Tensor:
+    """[B, D, h, w] -> [B * h * w, D]: sample by sample, row by row."""
+    return grid.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def directed(grid: Tensor, direction: int) -> Tensor:
@@ -144,39 +153,53 @@ class Cpc(Method):
         )
         self.target = nn.Conv2d(width, out, 1, bias=False)
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "targets" [B, D, h, w]; "predictions" [B, directions, steps, D, h, w], as `directed`."""
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Embeddings: "targets" [B, D, h, w] and "predictions" [B, directions, steps, D, h, w],
+        those of a direction on a grid that is turned as `directed` turns it."""
         assert isinstance(self.encoder, GridEncoder)
         grid = self.encoder.grid(batch.views[0])
-        told = [run(directed(grid, at)) for at, run in enumerate(self.contexts.children())]
-        predictions = torch.stack(told, dim=1).unflatten(2, (self.options.steps, -1))
+        maps = [
+            network(directed(grid, direction))
+            for direction, network in enumerate(self.contexts.children())
+        ]
+        predictions = torch.stack(maps, dim=1).unflatten(2, (self.options.steps, -1))
         return {"targets": self.target(grid), "predictions": predictions}
 
+    @override
     def objective(
         self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         targets, predictions = embeddings["targets"], embeddings["predictions"]
-        everyone = gather_with_gradient(targets).permute(0, 2, 3, 1).flatten(0, 2)
-        numbers = torch.arange(len(everyone), device=targets.device)
-        own = numbers.view(-1, 1, *targets.shape[2:])[rank() * len(batch) :][: len(batch)]
-        if 0 < self.options.negatives < len(everyone):
+        # Every patch of the global batch has a number: its row in `patches`.
+        patches = by_place(gather_with_gradient(targets))
+        numbers = torch.arange(len(patches), device=targets.device)
+        number_grids = numbers.view(-1, 1, *targets.shape[2:])[rank() * len(batch) :][: len(batch)]
+
+        negative_numbers = numbers
+        if 0 < self.options.negatives < len(patches):
             generator = progress.generator("negatives", targets.device)
-            drawn = torch.randperm(len(everyone), generator=generator, device=targets.device)
-            numbers = drawn[: self.options.negatives]
-        negatives = everyone[numbers]
-        losses, found = [], []
+            shuffled = torch.randperm(len(patches), generator=generator, device=targets.device)
+            negative_numbers = shuffled[: self.options.negatives]
+        negatives = patches[negative_numbers]
+
+        losses, hit_rates = [], []
         for direction in range(self.options.directions):
-            goals, places = directed(targets, direction), directed(own, direction)
+            target_grids = directed(targets, direction)
+            target_numbers = directed(number_grids, direction)
             for step in range(1, self.options.steps + 1):
-                guesses = predictions[:, direction, step - 1, :, :-step]
-                guesses, told = (
-                    x.permute(0, 2, 3, 1).flatten(0, 2) for x in (guesses, goals[:, :, step:])
+                # A row predicts the one that is `step` below it; the last rows have none there.
+                loss, hit_rate = prediction_loss(
+                    by_place(predictions[:, direction, step - 1, :, :-step]),
+                    by_place(target_grids[:, :, step:]),
+                    target_numbers[:, :, step:].flatten(),
+                    negatives,
+                    negative_numbers,
+                    scale=self.options.scale,
                 )
-                known = places[:, :, step:].flatten(), negatives, numbers, self.options.scale
-                loss, hits = prediction_loss(guesses, told, *known)
                 losses.append(loss)
-                found.append(hits)
-        return {"loss": torch.stack(losses).mean(), "target_found": torch.stack(found).mean()}
+                hit_rates.append(hit_rate)
+        return {"loss": torch.stack(losses).mean(), "target_found": torch.stack(hit_rates).mean()}
 
 
 def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Cpc:

@@ -6,10 +6,12 @@ Hjelm et al. 2019, "Learning deep representations by mutual information estimati
 map is bounded from below by telling pairs of one picture from pairs of two; an adversary pulls the
 summary towards a uniform distribution. One view: cheap, and weaker than what compares views.
 
-The local part sees the map at `local_stage`, the global part that map as one vector; scores are
-dot products of two embeddings (appendix A.2), as in the code. Deviations: pairs are those of the
-global batch; the global part too scores by dot products (the paper's convolves a concatenation);
-the discriminator moves first, in a phase of its own, without the code's gradient penalty.
+The local part sees the map at `local_stage`, the global part that map as one vector. Scores are
+dot products of two embeddings ("encode-and-dot-product" of appendix A.2), which networks of one
+kind make of places and summaries, as in the code. Deviations: pairs are those of the global batch;
+the global part scores by a dot product too (the paper's convolves a concatenation); the prior's
+discriminator moves first, in a phase of its own, without the code's gradient penalty, and the
+encoder takes the code's non-saturating loss against it (eq. 7; `gan_losses.py`, `generator_loss`).
 """
 
 from collections.abc import Mapping
@@ -20,9 +22,11 @@ from typing import Any, Literal, assert_never
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
+from headrace.training.blocks.adversary import deception_loss, discriminator_loss
 from headrace.training.blocks.heads import feature_dim
 from headrace.training.collectives import gather_with_gradient, rank, world_size
 from headrace.training.method import MAIN_PHASE, Facts, MakeEncoder, Method, Progress
@@ -65,37 +69,28 @@ def information_loss(places: Tensor, summaries: Tensor, first_row: int, measure:
     with torch.autocast(places.device.type, enabled=False):
         scores = torch.einsum("nd,bld->nbl", summaries.float(), places.float())
         rows = torch.arange(first_row, first_row + len(summaries), device=places.device)
-        own = rows[:, None] == torch.arange(len(places), device=places.device)
+        same_picture = rows[:, None] == torch.arange(len(places), device=places.device)
         positive = scores.gather(1, rows[:, None, None].expand(-1, 1, scores.shape[2]))[:, 0]
-        hidden = scores.masked_fill(own[..., None], float("-inf")).flatten(1)
+        negative = scores.masked_fill(same_picture[..., None], float("-inf")).flatten(1)
+        negative_pairs = negative.numel() - positive.numel()
         match measure:
             case "jsd":
-                pairs = hidden.numel() - positive.numel()
-                negative = F.softplus(hidden).sum() / pairs
-                return negative + F.softplus(-positive).mean() - 2 * log(2)
+                negative_mean = F.softplus(negative).sum() / negative_pairs
+                return negative_mean + F.softplus(-positive).mean() - 2 * log(2)
             case "infonce":
-                others = hidden.logsumexp(dim=1, keepdim=True)
-                return (torch.logaddexp(positive, others) - positive).mean()
+                log_negatives = negative.logsumexp(dim=1, keepdim=True)
+                return (torch.logaddexp(positive, log_negatives) - positive).mean()
             case "dv":
-                everyone = gather_with_gradient(hidden.flatten().logsumexp(0)[None])
-                pairs = world_size() * (hidden.numel() - positive.numel())
-                return everyone.logsumexp(0) - log(pairs) - positive.mean()
+                log_sums = gather_with_gradient(negative.flatten().logsumexp(0)[None])
+                log_mean = log_sums.logsumexp(0) - log(world_size() * negative_pairs)
+                return log_mean - positive.mean()
             case _:
                 assert_never(measure)
 
 
-def discriminator_loss(prior: Tensor, summaries: Tensor) -> Tensor:
-    """-E[log D(prior)] - E[log(1 - D(summary))] of logits [n, 1] each (eq. 7)."""
-    return F.softplus(-prior.float()).mean() + F.softplus(summaries.float()).mean()
-
-
-def deception_loss(summaries: Tensor) -> Tensor:
-    """-E[log D(summary)] of logits [n, 1]: `gan_losses.py`, `generator_loss`, non-saturating."""
-    return F.softplus(-summaries.float()).mean()
-
-
 class Scored(nn.Module):
-    """[n, in] -> [n, hidden]: a network beside a noisy copy, normed (code's `MI1x1ConvNet`)."""
+    """[n, in] -> [n, hidden]: a network beside a shortcut, which begins as a noisy copy where that
+    is possible, and a layer norm over both (`mi_networks.py`, `MI1x1ConvNet`)."""
 
     def __init__(self, in_dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -124,18 +119,22 @@ class Dim(Method):
         self.encoder = make_encoder()
         width, hidden = feature_dim(self.encoder), options.hidden_dim
         with torch.no_grad():
-            channels, *sides = self.eval().look(torch.zeros(1, 3, pixels, pixels))[0].shape[1:]
+            blank = torch.zeros(1, 3, pixels, pixels)
+            channels, map_height, map_width = self.eval().look(blank)[0].shape[1:]
         self.train()
         if options.local_weight > 0:
             self.score_places = Scored(channels, hidden)
             self.score_summary = Scored(width, hidden)
         if options.global_weight > 0:
-            self.score_map = Scored(channels * sides[0] * sides[1], hidden)
+            self.score_map = Scored(channels * map_height * map_width, hidden)
             self.score_whole = Scored(width, hidden)
         if options.prior_weight > 0:
             first, second = options.prior_hidden_dims
             self.discriminator = nn.Sequential(
-                *(nn.Linear(width, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU()),
+                nn.Linear(width, first),
+                nn.ReLU(),
+                nn.Linear(first, second),
+                nn.ReLU(),
                 nn.Linear(second, 1),
             )
 
@@ -145,56 +144,74 @@ class Dim(Method):
         last, maps = encoder.forward_intermediates(pictures)
         return maps[self.options.local_stage], encoder.forward_head(last)
 
+    @override
     def phases(self) -> dict[str, list[nn.Parameter]]:
         """The discriminator moves first."""
         if self.options.prior_weight <= 0:
             return super().phases()
-        own = list(self.discriminator.parameters())
-        chosen = set(own)
-        rest = [p for p in self.parameters() if p.requires_grad and p not in chosen]
-        return {PRIOR_PHASE: own, MAIN_PHASE: rest}
+        discriminator = list(self.discriminator.parameters())
+        excluded = set(discriminator)
+        others = [p for p in self.parameters() if p.requires_grad and p not in excluded]
+        return {PRIOR_PHASE: discriminator, MAIN_PHASE: others}
 
+    @override
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """ "summary" [B, width]; in the main phase also what pairs are scored by."""
+        """Embeddings: "summary" [B, width]; in the main phase also what pairs are scored by.
+
+        local: "places" [B, h * w, hidden] and "by_place" [B, hidden]; global: "map" [B, 1, hidden]
+        and "by_map" [B, hidden].
+        """
         if progress.phase == PRIOR_PHASE:
             with torch.no_grad():
                 return {"summary": self.look(batch.views[0])[1]}
-        local, summary = self.look(batch.views[0])
-        found = {"summary": summary}
+        local_map, summary = self.look(batch.views[0])
+        embeddings = {"summary": summary}
         if self.options.local_weight > 0:
-            places = local.flatten(2).transpose(1, 2)
-            found["places"] = self.score_places(places.flatten(0, 1)).unflatten(0, places.shape[:2])
-            found["by_place"] = self.score_summary(summary)
+            places = local_map.flatten(2).transpose(1, 2)
+            scored_places = self.score_places(places.flatten(0, 1))
+            embeddings["places"] = scored_places.unflatten(0, places.shape[:2])
+            embeddings["by_place"] = self.score_summary(summary)
         if self.options.global_weight > 0:
-            found["map"] = self.score_map(local.flatten(1))[:, None]
-            found["by_map"] = self.score_whole(summary)
-        return found
+            embeddings["map"] = self.score_map(local_map.flatten(1))[:, None]
+            embeddings["by_map"] = self.score_whole(summary)
+        return embeddings
 
+    @override
     def objective(
         self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
-        options, summary, rows = self.options, embeddings["summary"], len(batch)
+        options, summary = self.options, embeddings["summary"]
+        first_row = rank() * len(batch)
+
+        # ---- the discriminator's phase: samples of the prior against summaries
         if progress.phase == PRIOR_PHASE:
             # Of the global batch's uniform samples those of this rank's rows.
-            shape, device = (world_size() * rows, summary.shape[1]), summary.device
-            prior = torch.rand(shape, generator=progress.generator("prior", device), device=device)
-            prior = prior[rank() * rows :][:rows].to(summary.dtype)
-            told = self.discriminator(prior), self.discriminator(summary.sigmoid())
-            return {"loss": discriminator_loss(*told)}
-        found, loss = dict[str, Tensor](), summary.new_zeros((), dtype=torch.float32)
-        for name, weight, places, by in (
+            shape = (world_size() * len(batch), summary.shape[1])
+            generator = progress.generator("prior", summary.device)
+            prior = torch.rand(shape, generator=generator, device=summary.device)
+            prior = prior[first_row:][: len(batch)].to(summary.dtype)
+            real = self.discriminator(prior)
+            return {"loss": discriminator_loss(real, self.discriminator(summary.sigmoid()))}
+
+        # ---- information between the summary and the map, by places and as a whole
+        terms: dict[str, Tensor] = {}
+        loss = summary.new_zeros((), dtype=torch.float32)
+        for name, weight, places, summaries in (
             ("local", options.local_weight, "places", "by_place"),
             ("global", options.global_weight, "map", "by_map"),
         ):
             if weight > 0:
-                everyone = gather_with_gradient(embeddings[places])
-                pairs = everyone, embeddings[by], rank() * rows, options.measure
-                found[name] = information_loss(*pairs)
-                loss = loss + weight * found[name]
+                all_places = gather_with_gradient(embeddings[places])
+                terms[name] = information_loss(
+                    all_places, embeddings[summaries], first_row, options.measure
+                )
+                loss = loss + weight * terms[name]
+
+        # ---- summaries that pass for samples of the prior
         if options.prior_weight > 0:
-            found["deception"] = deception_loss(self.discriminator(summary.sigmoid()))
-            loss = loss + options.prior_weight * found["deception"]
-        return {"loss": loss, **found}
+            terms["deception"] = deception_loss(self.discriminator(summary.sigmoid()))
+            loss = loss + options.prior_weight * terms["deception"]
+        return {"loss": loss, **terms}
 
 
 def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Dim:
@@ -208,8 +225,9 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Dim:
     try:
         return Dim(objective, make_encoder, facts.view_pixels[0])
     except (AttributeError, IndexError) as error:
-        said = "dim needs a backbone with feature maps, --objective.local-stage among them"
-        raise ConfigError(f"{said}: {error}") from error
+        raise ConfigError(
+            f"dim needs a backbone with feature maps, --objective.local-stage among them: {error}"
+        ) from error
 
 
 _LOCAL = Preset(
@@ -234,7 +252,9 @@ _GLOBAL = Objective("jsd", global_weight=1.0, local_weight=0.0, prior_weight=1.0
 
 PRESETS = {
     "imagenet": _LOCAL,
-    "global_imagenet": replace(_LOCAL, objective=_GLOBAL, notes="DIM(G) with JSD; as imagenet."),
+    "global_imagenet": replace(
+        _LOCAL, objective=_GLOBAL, notes="DIM(G) with the Jensen-Shannon bound; as imagenet."
+    ),
     "cifar": Preset(
         backbone="test_resnet",
         augmentation=recipes.supervised(32, scale=(0.3, 1.0)),
@@ -245,6 +265,6 @@ PRESETS = {
         objective=Objective(
             global_weight=1.0, local_stage=-4, hidden_dim=256, prior_hidden_dims=(200, 100)
         ),
-        notes="Not from the paper: both parts, 8 x 8 places; for two CPU cores.",
+        notes="Not from the paper: both parts, local ones of 8 x 8 places; for two CPU cores.",
     ),
 }

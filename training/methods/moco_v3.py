@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -60,9 +61,13 @@ def moco_v3_loss(
     the nearest. As in the code (moco-v3 `builder.py`, `forward` and `contrastive_loss`).
     """
     targets = targets.detach()
-    first, first_found = batch_info_nce(predictions[:, 0], targets[:, 1], first_row, temperature)
-    second, second_found = batch_info_nce(predictions[:, 1], targets[:, 0], first_row, temperature)
-    return 2 * temperature * (first + second), torch.cat([first_found, second_found])
+    first_loss, first_hits = batch_info_nce(
+        predictions[:, 0], targets[:, 1], first_row, temperature
+    )
+    second_loss, second_hits = batch_info_nce(
+        predictions[:, 1], targets[:, 0], first_row, temperature
+    )
+    return 2 * temperature * (first_loss + second_loss), torch.cat([first_hits, second_hits])
 
 
 class MocoV3(Method):
@@ -86,39 +91,45 @@ class MocoV3(Method):
     def _projection(self) -> Mlp:
         """Three layers on a vision transformer, two on others."""
         layers = 3 if isinstance(self.encoder, VisionTransformer) else 2
-        sizes = self.options.hidden_dim, self.options.projection_dim
-        return Mlp(feature_dim(self.encoder), *sizes, layers, last_norm="plain")
+        return Mlp(
+            feature_dim(self.encoder),
+            self.options.hidden_dim,
+            self.options.projection_dim,
+            layers,
+            last_norm="plain",
+        )
 
+    @override
     def param_groups(self) -> list[dict[str, object]]:
         """Everything decays, biases and norms too."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "decay": True}]
 
+    @override
     def before_step(self, progress: Progress) -> None:
         """Before this step's targets are made."""
         momentum = cosine(progress.fraction, self.options.teacher_momentum, 1.0)
         follow(self.teacher.parameters(), self.encoder.parameters(), momentum)
         follow(self.teacher_projection.parameters(), self.projection.parameters(), momentum)
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "prediction" and "target" [B, 2, D] by view, not normalised."""
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Embeddings: "prediction" and "target" [B, 2, D] by view, not normalised."""
         predictions = [self.prediction(self.projection(self.encoder(x))) for x in batch.views]
         with torch.no_grad():
             targets = [self.teacher_projection(self.teacher(x)) for x in batch.views]
         return {"prediction": torch.stack(predictions, 1), "target": torch.stack(targets, 1)}
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
-        loss, found = moco_v3_loss(
+        loss, target_found = moco_v3_loss(
             embeddings["prediction"],
             gather_rows(embeddings["target"]),
             rank() * len(batch),
             self.options.temperature,
         )
-        return {"loss": loss, "target_found": found.float().mean()}
+        return {"loss": loss, "target_found": target_found.float().mean()}
 
 
 def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> MocoV3:

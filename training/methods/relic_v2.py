@@ -19,11 +19,11 @@ replaced after cropping, blur and colours, by a grey drawn per view; the masks a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -126,8 +126,10 @@ class RelicV2(Method):
         self.teacher = make_encoder().requires_grad_(False)
         self.teacher_projection = Mlp(width, hidden, out, hidden_bias=True).requires_grad_(False)
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "prediction" [B, V, D] of all views, "target" [B, L, D] of the large; not normalised.
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Embeddings: "prediction" [B, V, D] of all views and "target" [B, L, D] of the large ones,
+        not normalised.
 
         Raises ConfigError where masks are asked for and the batch has none.
         """
@@ -154,8 +156,12 @@ class RelicV2(Method):
             return views
         chosen, greys = batch.draws[SALIENCY] < probability, batch.draws[BACKGROUND]
         columns = zip(views, masks, chosen.unbind(1), greys.unbind(1), strict=True)
-        return [without_background(*column) for column in columns]
+        return [
+            without_background(view, saliency, chosen_samples, grey)
+            for view, saliency, chosen_samples, grey in columns
+        ]
 
+    @override
     def objective(
         self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
@@ -172,17 +178,18 @@ class RelicV2(Method):
 
     def _compared(self, samples: int, targets: Tensor, progress: Progress) -> Tensor:
         """int64 [samples, 1 + K]: rows of `targets` of this rank's samples, and their negatives."""
-        generator, everyone = progress.generator("negatives"), len(targets)
-        distances = torch.randperm(everyone - 1, generator=generator)[: self.options.negatives] + 1
-        steps = torch.cat([distances.new_zeros(1), distances]).to(targets.device, non_blocking=True)
-        own = rank() * samples + torch.arange(samples, device=targets.device)
-        return (own[:, None] + steps) % everyone
+        batch_size = len(targets)
+        generator = progress.generator("negatives")
+        distances = torch.randperm(batch_size - 1, generator=generator)
+        distances = distances[: self.options.negatives] + 1
+        offsets = torch.cat([distances.new_zeros(1), distances])
+        offsets = offsets.to(targets.device, non_blocking=True)
+        own_rows = rank() * samples + torch.arange(samples, device=targets.device)
+        return (own_rows[:, None] + offsets) % batch_size
 
+    @override
     def after_step(
-        self,
-        embeddings: list[dict[str, Tensor]],  # noqa: ARG002
-        batches: list[Batch],  # noqa: ARG002
-        progress: Progress,
+        self, embeddings: list[dict[str, Tensor]], batches: list[Batch], progress: Progress
     ) -> None:
         """Listing 1, after the optimiser, with BYOL's schedule."""
         momentum = cosine(progress.fraction, self.options.teacher_momentum, 1.0)
@@ -204,44 +211,64 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Reli
     return RelicV2(objective, make_encoder, large)
 
 
-def _recipe(swav: Augmentation, large: int, *, masks: bool, notes: str, **run: Any) -> Preset:
-    """SwAV's views, but for the number of large ones; with masks for these where asked for."""
-    first, second = swav.views
-    components = (SALIENCY,) if masks else ()
-    first = replace(first, name="large", count=large, components=components)
-    second = replace(second, name="small")
-    draws = Draw(SALIENCY, Uniform(), (large,)), Draw(BACKGROUND, Uniform(-2.0, 2.0), (large,))
-    draws = draws if masks else ()
-    views = replace(swav, name="relic_v2", views=(first, second), draws=draws)
-    objective = replace(run.pop("objective"), saliency_probability=0.1 if masks else 0.0)
-    return Preset(augmentation=views, objective=objective, notes=notes, **run)
+def augmentation(swav: Augmentation, large: int) -> Augmentation:
+    """SwAV's views, but for the number of large ones."""
+    large_views, small_views = swav.views
+    large_views = replace(large_views, name="large", count=large)
+    return replace(swav, name="relic_v2", views=(large_views, replace(small_views, name="small")))
 
 
-_IMAGENET: dict[str, Any] = {
-    "swav": recipes.swav(local_count=2),
-    "large": 4,
-    "backbone": "resnet50",
-    "test": recipes.center(std=recipes.swav().std),
-    "optim": Optim(name="lars", learning_rate=0.2, warmup_epochs=10, weight_decay=1.5e-6),
-    "batch_size": 4096,
-    "epochs": 1000,
-    "objective": Objective(),
-}
-_CIFAR: dict[str, Any] = {
-    "swav": recipes.swav(32, 16, 2, global_scale=(0.2, 1.0), local_scale=(0.1, 0.4), blur=False),
-    "large": 2,
-    "backbone": "test_resnet",
-    "test": recipes.center(32, 32, std=recipes.swav().std),
-    "optim": Optim(learning_rate=4e-3, warmup_epochs=0.5, weight_decay=1e-4),
-    "batch_size": 128,
-    "epochs": 10,
-    "objective": Objective(hidden_dim=512, projection_dim=128, teacher_momentum=0.99),
-}
-_MASKS = "Needs the data set's component 'saliency': tools/make_masks.py."
+def with_masks(unmasked: Augmentation) -> Augmentation:
+    """The same with masks of the large views, and draws of who is masked and by which grey."""
+    large_views, small_views = unmasked.views
+    large_views = replace(large_views, components=(SALIENCY,))
+    draws = (
+        Draw(SALIENCY, Uniform(), (large_views.count,)),
+        Draw(BACKGROUND, Uniform(-2.0, 2.0), (large_views.count,)),
+    )
+    return replace(unmasked, views=(large_views, small_views), draws=draws)
+
+
+_STD = recipes.swav().std
+_NEEDS_MASKS = "Needs the data set's component 'saliency': tools/make_masks.py."
+_IMAGENET = Preset(
+    backbone="resnet50",
+    augmentation=augmentation(recipes.swav(local_count=2), large=4),
+    test=recipes.center(std=_STD),
+    optim=Optim(name="lars", learning_rate=0.2, warmup_epochs=10, weight_decay=1.5e-6),
+    batch_size=4096,
+    epochs=1000,
+    objective=Objective(),
+    notes="The same without masks.",
+)
+_CIFAR_OBJECTIVE = Objective(hidden_dim=512, projection_dim=128, teacher_momentum=0.99)
+_CIFAR = Preset(
+    backbone="test_resnet",
+    augmentation=augmentation(
+        recipes.swav(32, 16, 2, global_scale=(0.2, 1.0), local_scale=(0.1, 0.4), blur=False),
+        large=2,
+    ),
+    test=recipes.center(32, 32, std=_STD),
+    optim=Optim(learning_rate=4e-3, warmup_epochs=0.5, weight_decay=1e-4),
+    batch_size=128,
+    epochs=10,
+    objective=_CIFAR_OBJECTIVE,
+    notes="For two CPU cores; not from the paper.",
+)
 
 PRESETS = {
-    "imagenet": _recipe(masks=True, notes=f"Linear 77.1 in the paper. {_MASKS}", **_IMAGENET),
-    "imagenet_no_masks": _recipe(masks=False, notes="The same without masks.", **_IMAGENET),
-    "cifar": _recipe(masks=False, notes="For two CPU cores; not from the paper.", **_CIFAR),
-    "cifar_masks": _recipe(masks=True, notes=f"The same with masks. {_MASKS}", **_CIFAR),
+    "imagenet": replace(
+        _IMAGENET,
+        augmentation=with_masks(_IMAGENET.augmentation),
+        objective=Objective(saliency_probability=0.1),
+        notes=f"Linear 77.1 in the paper. {_NEEDS_MASKS}",
+    ),
+    "imagenet_no_masks": _IMAGENET,
+    "cifar": _CIFAR,
+    "cifar_masks": replace(
+        _CIFAR,
+        augmentation=with_masks(_CIFAR.augmentation),
+        objective=replace(_CIFAR_OBJECTIVE, saliency_probability=0.1),
+        notes=f"The same with masks. {_NEEDS_MASKS}",
+    ),
 }
