@@ -35,13 +35,13 @@ class KeyedDropPath(nn.Module):
 
 def key_drop_paths(encoder: nn.Module) -> nn.Module:
     """Replaces every timm DropPath in the encoder, which is returned; the state dict stays."""
-    found = [
+    drop_paths = [
         (parent, name, child)
         for parent in encoder.modules()
         for name, child in parent.named_children()
         if isinstance(child, DropPath)
     ]
-    for layer, (parent, name, child) in enumerate(found):
+    for layer, (parent, name, child) in enumerate(drop_paths):
         setattr(parent, name, KeyedDropPath(child.drop_prob or 0.0, layer))
     return encoder
 

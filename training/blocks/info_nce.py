@@ -21,11 +21,11 @@ def queue_info_nce(
     """
     with torch.autocast(queries.device.type, enabled=False):
         queries = F.normalize(queries.float(), dim=-1)
-        own = (queries * F.normalize(keys.float(), dim=-1)).sum(dim=1, keepdim=True)
-        others = queries @ F.normalize(negatives.float(), dim=-1).T
-        logits = torch.cat([own, others], dim=1) / temperature
-        target = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-        return F.cross_entropy(logits, target), (own > others).all(dim=1)
+        key_cosines = (queries * F.normalize(keys.float(), dim=-1)).sum(dim=1, keepdim=True)
+        negative_cosines = queries @ F.normalize(negatives.float(), dim=-1).T
+        logits = torch.cat([key_cosines, negative_cosines], dim=1) / temperature
+        first = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+        return F.cross_entropy(logits, first), (key_cosines > negative_cosines).all(dim=1)
 
 
 def batch_info_nce(
@@ -42,5 +42,5 @@ def batch_info_nce(
     with torch.autocast(queries.device.type, enabled=False):
         keys = F.normalize(keys.float(), dim=-1)
         logits = F.normalize(queries.float(), dim=-1) @ keys.T / temperature
-        own = first_row + torch.arange(len(queries), device=queries.device)
-        return F.cross_entropy(logits, own), logits.argmax(dim=1) == own
+        own_rows = first_row + torch.arange(len(queries), device=queries.device)
+        return F.cross_entropy(logits, own_rows), logits.argmax(dim=1) == own_rows

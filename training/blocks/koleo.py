@@ -20,8 +20,8 @@ def koleo_loss(local: Tensor, everyone: Tensor, first_row: int) -> Tensor:
         queries = F.normalize(local.float(), dim=-1, eps=_EPSILON)
         keys = F.normalize(everyone.float(), dim=-1, eps=_EPSILON)
         with torch.no_grad():
-            own = torch.arange(first_row, first_row + len(local), device=local.device)
-            cosines = (queries @ keys.T).scatter(1, own[:, None], -2.0)
+            own_rows = torch.arange(first_row, first_row + len(local), device=local.device)
+            cosines = (queries @ keys.T).scatter(1, own_rows[:, None], -2.0)
             nearest = cosines.argmax(dim=1)
         distances = F.pairwise_distance(queries, keys[nearest], eps=_EPSILON)
         return -(distances + _EPSILON).log().mean()

@@ -36,8 +36,8 @@ def nce_loss(logits: Tensor, log_normalizer: Tensor, samples: int) -> Tensor:
     odds = logits.float() - log_normalizer - log_share
     # log(1 - h) has m / N alone in its numerator.
     excess = log_share - math.log(noise / samples)
-    each = F.softplus(-odds[:, 0]) + F.softplus(odds[:, 1:]).sum(dim=1) + noise * excess
-    return each.mean()
+    losses = F.softplus(-odds[:, 0]) + F.softplus(odds[:, 1:]).sum(dim=1) + noise * excess
+    return losses.mean()
 
 
 def softmax_loss(logits: Tensor) -> Tensor:
@@ -45,8 +45,8 @@ def softmax_loss(logits: Tensor) -> Tensor:
 
     CMC `NCECriterion.py`, `NCESoftmaxLoss`: the softmax is over the own row and the drawn ones.
     """
-    own = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    return F.cross_entropy(logits.float(), own)
+    first = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    return F.cross_entropy(logits.float(), first)
 
 
 def estimate_log_normalizer(logits: Tensor, samples: int) -> Tensor:
@@ -54,9 +54,9 @@ def estimate_log_normalizer(logits: Tensor, samples: int) -> Tensor:
 
     lemniscate `NCEAverage.py`: `params[2] = out.mean() * outputSize`.
     """
-    own = logits.detach().float().flatten().logsumexp(dim=0) - math.log(logits.numel())
-    ranks = gather_rows(own[None])
-    return ranks.logsumexp(dim=0) - math.log(len(ranks)) + math.log(samples)
+    log_mean = logits.detach().float().flatten().logsumexp(dim=0) - math.log(logits.numel())
+    log_means = gather_rows(log_mean[None])
+    return log_means.logsumexp(dim=0) - math.log(len(log_means)) + math.log(samples)
 
 
 def own_and_noise(ids: Tensor, noise: int, samples: int, progress: Progress) -> Tensor:
@@ -117,8 +117,8 @@ class FeatureBank(nn.Module):
         ids: int64 [n], features: unit vectors [n, D], of this rank's samples.
         """
         ids, features = gather_rows(ids), gather_rows(features)
-        moved = F.normalize(torch.lerp(features, self.memory(ids), momentum), dim=1)
-        self.memory.write(ids, moved)
+        rows = torch.lerp(features, self.memory(ids), momentum)
+        self.memory.write(ids, F.normalize(rows, dim=1))
 
 
 def unit(features: Tensor) -> Tensor:

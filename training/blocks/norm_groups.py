@@ -40,16 +40,16 @@ class GroupedBatchNorm(GlobalBatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         samples = len(input) * (world_size() if self.interleaved else 1)
-        held = "a micro-batch" if self.interleaved else "a rank's part of a micro-batch"
+        holder = "a micro-batch" if self.interleaved else "a rank's part of a micro-batch"
         if samples % self.size:
             raise ConfigError(
                 f"batch norm in groups of {self.size} samples cannot divide the {samples} of "
-                f"{held}: choose a group or a batch that fits the ranks and --run.accumulate"
+                f"{holder}: choose a group or a batch that fits the ranks and --run.accumulate"
             )
         if self.interleaved and samples < 2 * self.size:
             raise ConfigError(
                 f"batch norm in groups of {self.size} samples has one group for the {samples} of "
-                f"{held}, by which a query would know its key: choose a smaller "
+                f"{holder}, by which a query would know its key: choose a smaller "
                 f"--objective.batch-norm-group or --run.accumulate"
             )
         normalize = self._interleaved if self.interleaved else self._consecutive
@@ -78,7 +78,7 @@ class GroupedBatchNorm(GlobalBatchNorm):
         samples = len(x)
         groups = samples * world_size() // self.size
         numbers = torch.arange(groups, device=x.device)
-        own = (rank() * samples + torch.arange(samples, device=x.device)) % groups
+        group_of_sample = (rank() * samples + torch.arange(samples, device=x.device)) % groups
         wide = x if x.dtype == torch.float64 else x.float()
         # Each sample's moments around its own mean, so that no digits cancel (torch's var_mean
         # takes ten times as long).
@@ -89,7 +89,8 @@ class GroupedBatchNorm(GlobalBatchNorm):
             variance = (wide - mean).square_().mean(axes)
         mean = mean.view(samples, -1).double()
         moments = torch.cat([mean, variance.double() + mean.square()], dim=1)
-        sums = sum_over_ranks((own == numbers[:, None]).double() @ moments)
+        members = group_of_sample == numbers[:, None]
+        sums = sum_over_ranks(members.double() @ moments)
         mean, squares = (sums / self.size).chunk(2, dim=1)
         variance = (squares - mean.square()).clamp(min=0)
 
@@ -100,7 +101,8 @@ class GroupedBatchNorm(GlobalBatchNorm):
         if self.bias is not None:
             shift = shift + self.bias
         shape = [samples, x.shape[1]] + [1] * (x.ndim - 2)
-        scale, shift = (each.to(wide.dtype)[own].view(shape) for each in (scale, shift))
+        scale = scale.to(wide.dtype)[group_of_sample].view(shape)
+        shift = shift.to(wide.dtype)[group_of_sample].view(shape)
         count = self.size * x[0, 0].numel()
         variance = variance.mean(dim=0) * (count / (count - 1))
         return (

@@ -9,11 +9,11 @@ def token_free_groups(method: nn.Module, encoder: nn.Module) -> list[dict[str, o
 
     timm `optim/optim_factory.py`, `add_weight_decay`, as DeiT's code calls it.
     """
-    named: set[str] = getattr(encoder, "no_weight_decay", set)()
-    free = {id(p) for name, p in encoder.named_parameters() if name in named}
+    undecayed_names: set[str] = getattr(encoder, "no_weight_decay", set)()
+    undecayed = {id(p) for name, p in encoder.named_parameters() if name in undecayed_names}
     trained = [p for p in method.parameters() if p.requires_grad]
-    free |= {id(p) for p in trained if p.ndim <= 1}
+    undecayed |= {id(p) for p in trained if p.ndim <= 1}
     return [
-        {"params": [p for p in trained if id(p) not in free], "decay": True},
-        {"params": [p for p in trained if id(p) in free], "decay": False},
+        {"params": [p for p in trained if id(p) not in undecayed], "decay": True},
+        {"params": [p for p in trained if id(p) in undecayed], "decay": False},
     ]

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -85,16 +86,15 @@ class BarlowTwins(Method):
             options.projection_layers,
         )
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "projection" [B, 2, D], not standardised."""
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Embeddings: "projection" [B, 2, D], not standardised."""
         projections = [self.projection(self.encoder(x)) for x in batch.views]
         return {"projection": torch.stack(projections, dim=1)}
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,  # noqa: ARG002
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         projection = embeddings["projection"]
         correlation = cross_correlation(projection[:, 0], projection[:, 1])
@@ -105,6 +105,7 @@ class BarlowTwins(Method):
             "spread": spread(projection),
         }
 
+    @override
     def param_groups(self) -> list[dict[str, object]]:
         weights, others = super().param_groups()
         return [weights, {**others, "learning_rate_scale": self.options.bias_learning_rate_scale}]

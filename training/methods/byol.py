@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -65,27 +66,24 @@ class Byol(Method):
         self.teacher = make_encoder().requires_grad_(False)
         self.teacher_projection = Mlp(width, hidden, out, hidden_bias=True).requires_grad_(False)
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "prediction" and "target" [B, 2, D], not normalised."""
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Embeddings: "prediction" and "target" [B, 2, D], not normalised."""
         predictions = [self.prediction(self.projection(self.encoder(x))) for x in batch.views]
         with torch.no_grad():
             targets = [self.teacher_projection(self.teacher(x)) for x in batch.views]
         return {"prediction": torch.stack(predictions, 1), "target": torch.stack(targets, 1)}
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,  # noqa: ARG002
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         loss = byol_loss(embeddings["prediction"], embeddings["target"])
         return {"loss": loss, "spread": spread(embeddings["target"])}
 
+    @override
     def after_step(
-        self,
-        embeddings: list[dict[str, Tensor]],  # noqa: ARG002
-        batches: list[Batch],  # noqa: ARG002
-        progress: Progress,
+        self, embeddings: list[dict[str, Tensor]], batches: list[Batch], progress: Progress
     ) -> None:
         """Eq. 1, with the momentum of this step: 1 - (1 - m) (cos(pi k / K) + 1) / 2."""
         momentum = cosine(progress.fraction, self.options.teacher_momentum, 1.0)

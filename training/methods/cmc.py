@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -99,12 +100,14 @@ class Cmc(Method):
         self.light_bank = FeatureBank(samples, dim)
         self.color_bank = FeatureBank(samples, dim)
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "light" and "color" [B, D], not normalised."""
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Embeddings: "light" and "color" [B, D], not normalised."""
         assert isinstance(self.encoder, SplitEncoder)
         light, color = self.encoder.both(batch.views[0])
         return {"light": self.light_projection(light), "color": self.color_projection(color)}
 
+    @override
     def objective(
         self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
@@ -112,12 +115,12 @@ class Cmc(Method):
         of_light, of_color = self._logits(embeddings, batch.ids, progress)
         light = self.color_bank.loss(of_light, options.loss, progress)
         color = self.light_bank.loss(of_color, options.loss, progress)
-        found = torch.stack([of_light, of_color]).argmax(dim=2) == 0
+        own_found = torch.stack([of_light, of_color]).argmax(dim=2) == 0
         return {
             "loss": light + color,
             "light_loss": light,
             "color_loss": color,
-            "own_found": found.float().mean(),
+            "own_found": own_found.float().mean(),
         }
 
     def _logits(
@@ -131,6 +134,7 @@ class Cmc(Method):
             self.light_bank.compare(unit(embeddings["color"]), numbers, temperature),
         )
 
+    @override
     @torch.no_grad()
     def after_step(
         self, embeddings: list[dict[str, Tensor]], batches: list[Batch], progress: Progress
@@ -145,6 +149,7 @@ class Cmc(Method):
         self.light_bank.follow(ids, unit(whole["light"]), self.options.bank_momentum)
         self.color_bank.follow(ids, unit(whole["color"]), self.options.bank_momentum)
 
+    @override
     def param_groups(self) -> list[dict[str, object]]:
         return [{"params": list(self.parameters()), "decay": True}]
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -57,20 +58,21 @@ def spreading_loss(
         queries = F.normalize(local.float(), dim=-1).transpose(0, 1).flatten(0, 1)
         keys = F.normalize(everyone.detach().float(), dim=-1).transpose(0, 1).flatten(0, 1)
         logits = queries @ keys.T / temperature
-        rows = torch.arange(first_row, first_row + samples, device=local.device)
-        own = torch.cat([rows, rows + len(everyone)])
-        partner = own.roll(samples)
+        sample_rows = torch.arange(first_row, first_row + samples, device=local.device)
+        own_rows = torch.cat([sample_rows, sample_rows + len(everyone)])
+        partner_rows = own_rows.roll(samples)
+        own, partner = own_rows[:, None], partner_rows[:, None]
         # A weight in a sum of exponentials is a shift of its exponent; the own view has none.
         shift = torch.full_like(logits, math.log(negative_weight))
-        shift = shift.scatter(1, partner[:, None], 0.0).scatter(1, own[:, None], float("-inf"))
+        shift = shift.scatter(1, partner, 0.0).scatter(1, own, float("-inf"))
         log_total = (logits + shift).logsumexp(dim=1, keepdim=True)
         log_p = logits - log_total
-        invariant = log_p.gather(1, partner[:, None]).squeeze(1)
-        ours = torch.stack([own, partner], dim=1)
-        log_negatives = log_p.scatter(1, ours, float("-inf")).clamp(max=_LARGEST_LOG)
+        invariant = log_p.gather(1, partner).squeeze(1)
+        own_and_partner = torch.cat([own, partner], dim=1)
+        log_negatives = log_p.scatter(1, own_and_partner, float("-inf")).clamp(max=_LARGEST_LOG)
         spreading = torch.log1p(-log_negatives.exp()).sum(dim=1)
-        found = log_p.scatter(1, own[:, None], float("-inf")).argmax(dim=1) == partner
-        return -(invariant + negative_weight * spreading).mean(), found
+        partner_found = log_p.scatter(1, own, float("-inf")).argmax(dim=1) == partner_rows
+        return -(invariant + negative_weight * spreading).mean(), partner_found
 
 
 class InvariantSpread(Method):
@@ -82,27 +84,27 @@ class InvariantSpread(Method):
         self.encoder = make_encoder()
         self.projection = nn.Linear(feature_dim(self.encoder), options.projection_dim)
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "projection" [B, 2, D], not normalised."""
-        z = self.projection(self.encoder(torch.cat(batch.views)))
-        return {"projection": torch.stack(z.chunk(2), dim=1)}
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Embeddings: "projection" [B, 2, D], not normalised."""
+        projections = self.projection(self.encoder(torch.cat(batch.views)))
+        return {"projection": torch.stack(projections.chunk(2), dim=1)}
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         local = embeddings["projection"]
-        loss, found = spreading_loss(
+        loss, partner_found = spreading_loss(
             local,
             gather_rows(local),
             rank() * len(batch),
             self.options.temperature,
             self.options.negative_weight,
         )
-        return {"loss": loss, "partner_found": found.float().mean()}
+        return {"loss": loss, "partner_found": partner_found.float().mean()}
 
+    @override
     def param_groups(self) -> list[dict[str, object]]:
         return [{"params": list(self.parameters()), "decay": True}]
 

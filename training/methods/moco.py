@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -103,19 +104,23 @@ class Moco(Method):
             case "batch":
                 self.memory = None
 
+    @override
     def param_groups(self) -> list[dict[str, object]]:
         """Everything decays, biases and norms too."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "decay": True}]
 
-    def before_step(self, progress: Progress) -> None:  # noqa: ARG002
+    @override
+    def before_step(self, progress: Progress) -> None:
         """Eq. 2, before this step's keys are made."""
         if self.options.dictionary == "queue":
             momentum = self.options.teacher_momentum
             follow(self.key_encoder.parameters(), self.encoder.parameters(), momentum)
             follow(self.key_projection.parameters(), self.projection.parameters(), momentum)
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "query" [B, D] of the first view; but for a bank, "key" [B, D] of the second."""
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Embeddings: "query" [B, D] of the first view and, unless the dictionary is a bank, "key"
+        [B, D] of the second."""
         query = {"query": self.projection(self.encoder(batch.views[0]))}
         match self.options.dictionary:
             case "queue":
@@ -126,31 +131,30 @@ class Moco(Method):
             case "bank":
                 return query
 
+    @override
     def objective(
         self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         query, temperature = embeddings["query"], self.options.temperature
         if self.memory is None:
             keys = gather_with_gradient(embeddings["key"])
-            loss, found = batch_info_nce(query, keys, rank() * len(batch), temperature)
+            loss, key_found = batch_info_nce(query, keys, rank() * len(batch), temperature)
         elif isinstance(self.memory, Queue):
             key = embeddings["key"].detach()
-            loss, found = queue_info_nce(query, key, self.memory.rows, temperature)
+            loss, key_found = queue_info_nce(query, key, self.memory.rows, temperature)
         else:
             device = query.device
             generator = progress.generator("negatives", device)
             size = (self.options.negatives,)
-            rows = torch.randint(len(self.memory), size, generator=generator, device=device)
-            own, others = self.memory(batch.ids), self.memory(rows)
-            loss, found = queue_info_nce(query, own, others, temperature)
-        return {"loss": loss, "key_found": found.float().mean()}
+            drawn = torch.randint(len(self.memory), size, generator=generator, device=device)
+            own_rows, negatives = self.memory(batch.ids), self.memory(drawn)
+            loss, key_found = queue_info_nce(query, own_rows, negatives, temperature)
+        return {"loss": loss, "key_found": key_found.float().mean()}
 
+    @override
     @torch.no_grad()
     def after_step(
-        self,
-        embeddings: list[dict[str, Tensor]],
-        batches: list[Batch],
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: list[dict[str, Tensor]], batches: list[Batch], progress: Progress
     ) -> None:
         """The queue takes the batch's keys; a bank's rows move towards the queries."""
         if self.memory is None:
@@ -162,17 +166,17 @@ class Moco(Method):
             self.memory.push(values)
         else:
             ids = gather_rows(torch.cat([batch.ids for batch in batches]))
-            moved = self.memory(ids).lerp(values, 1 - self.options.bank_momentum)
-            self.memory.write(ids, F.normalize(moved, dim=1))
+            rows = self.memory(ids).lerp(values, 1 - self.options.bank_momentum)
+            self.memory.write(ids, F.normalize(rows, dim=1))
 
 
 def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Moco:
     """Raises ConfigError for views, a queue or a group that do not fit."""
-    wanted = 1 if objective.dictionary == "bank" else 2
+    view_count = 1 if objective.dictionary == "bank" else 2
     sizes, batch, group = facts.view_pixels, facts.batch_size, objective.batch_norm_group
-    if len(sizes) != wanted or len(set(sizes)) != 1:
+    if len(sizes) != view_count or len(set(sizes)) != 1:
         raise ConfigError(
-            f"moco with a {objective.dictionary} needs {wanted} view(s) of one size, and the "
+            f"moco with a {objective.dictionary} needs {view_count} view(s) of one size, and the "
             f"augmentation's views have {list(sizes)} pixels"
         )
     if objective.projection_layers < 1:

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -64,10 +65,12 @@ class Npid(Method):
         self.projection = nn.Linear(feature_dim(self.encoder), options.projection_dim)
         self.bank = FeatureBank(samples, options.projection_dim)
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "projection" [B, D], not normalised."""
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Embeddings: "projection" [B, D], not normalised."""
         return {"projection": self.projection(self.encoder(batch.views[0]))}
 
+    @override
     def objective(
         self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
@@ -75,21 +78,22 @@ class Npid(Method):
         if options.negatives > 0:
             logits = self._logits(features, batch.ids, progress)
             loss = self.bank.loss(logits, options.loss, progress)
-            found = logits.argmax(dim=1) == 0
+            own_found = logits.argmax(dim=1) == 0
         else:
             with torch.autocast(features.device.type, enabled=False):
                 logits = features @ self.bank.memory.rows.T / options.temperature
             loss = F.cross_entropy(logits, batch.ids)
-            found = logits.argmax(dim=1) == batch.ids
+            own_found = logits.argmax(dim=1) == batch.ids
         if options.proximal_weight > 0:
             rows = self.bank.memory(batch.ids)
             loss = loss + options.proximal_weight * proximal_term(features, rows)
-        return {"loss": loss, "own_found": found.float().mean()}
+        return {"loss": loss, "own_found": own_found.float().mean()}
 
     def _logits(self, features: Tensor, ids: Tensor, progress: Progress) -> Tensor:
         numbers = own_and_noise(ids, self.options.negatives, len(self.bank.memory), progress)
         return self.bank.compare(features, numbers, self.options.temperature)
 
+    @override
     @torch.no_grad()
     def after_step(
         self, embeddings: list[dict[str, Tensor]], batches: list[Batch], progress: Progress
@@ -101,6 +105,7 @@ class Npid(Method):
             self.bank.settle(self._logits(features, ids, progress))
         self.bank.follow(ids, features, self.options.bank_momentum)
 
+    @override
     def param_groups(self) -> list[dict[str, object]]:
         return [{"params": list(self.parameters()), "decay": True}]
 

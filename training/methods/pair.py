@@ -19,6 +19,7 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -90,11 +91,13 @@ class Pair(Method):
         self.projection = Mlp(width, width, options.projection_dim)
         self.bias = nn.Parameter(torch.zeros(())) if options.loss == "logistic" else None
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "projection" [B, 2, D], not normalised."""
-        z = self.projection(self.encoder(torch.cat(batch.views)))
-        return {"projection": torch.stack(z.chunk(2), dim=1)}
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Embeddings: "projection" [B, 2, D], not normalised."""
+        projections = self.projection(self.encoder(torch.cat(batch.views)))
+        return {"projection": torch.stack(projections.chunk(2), dim=1)}
 
+    @override
     def objective(
         self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
@@ -111,16 +114,16 @@ class Pair(Method):
     def _others(self, count: int, progress: Progress, device: torch.device) -> Tensor:
         """int64 [count, k]: rows of the global batch, never a sample's own."""
         size = count * world_size()
-        own = torch.arange(rank() * count, (rank() + 1) * count, device=device)
+        own_rows = torch.arange(rank() * count, (rank() + 1) * count, device=device)
         match self.options.partners:
             case "all":
-                return (own[:, None] + torch.arange(1, size, device=device)) % size
+                return (own_rows[:, None] + torch.arange(1, size, device=device)) % size
             case "one":
                 # A ring in random order: everybody's partner is the next one.
                 generator = progress.generator("partners", device)
                 ring = torch.randperm(size, generator=generator, device=device)
-                partner = torch.empty_like(ring).scatter_(0, ring, ring.roll(-1))
-                return partner[own, None]
+                partners = torch.empty_like(ring).scatter_(0, ring, ring.roll(-1))
+                return partners[own_rows, None]
             case _:
                 assert_never(self.options.partners)
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -70,15 +71,15 @@ def relic_loss(
         queries = F.normalize(predictions.float(), dim=-1)
         keys = F.normalize(targets.detach().float(), dim=-1).flip(1)
         log_p = (torch.einsum("nvd,bvd->nvb", queries, keys) / temperature).log_softmax(dim=-1)
-    own = first_row + torch.arange(len(log_p), device=log_p.device)
-    contrast = -log_p.gather(2, own[:, None, None].expand(-1, 2, 1)).sum(dim=(1, 2)).mean()
+    own_rows = first_row + torch.arange(len(log_p), device=log_p.device)
+    contrast = -log_p.gather(2, own_rows[:, None, None].expand(-1, 2, 1)).sum(dim=(1, 2)).mean()
     invariance = divergence(log_p, log_p.flip(1)).sum(dim=1).mean()
-    found = log_p.argmax(dim=-1) == own[:, None]
+    partner_found = log_p.argmax(dim=-1) == own_rows[:, None]
     return {
         "loss": contrast + invariance_weight * invariance,
         "contrast": contrast.detach(),
         "invariance": invariance.detach(),
-        "partner_found": found.float().mean(),
+        "partner_found": partner_found.float().mean(),
     }
 
 
@@ -101,18 +102,17 @@ class Relic(Method):
         self.teacher = make_encoder().requires_grad_(False)
         self.teacher_projection = Mlp(width, hidden, out, hidden_bias=True).requires_grad_(False)
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "prediction" and "target" [B, 2, D], not normalised."""
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Embeddings: "prediction" and "target" [B, 2, D], not normalised."""
         predictions = [self.prediction(self.projection(self.encoder(x))) for x in batch.views]
         with torch.no_grad():
             targets = [self.teacher_projection(self.teacher(x)) for x in batch.views]
         return {"prediction": torch.stack(predictions, 1), "target": torch.stack(targets, 1)}
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         targets = embeddings["target"]
         outputs = relic_loss(
@@ -124,11 +124,9 @@ class Relic(Method):
         )
         return {**outputs, "spread": spread(targets)}
 
+    @override
     def after_step(
-        self,
-        embeddings: list[dict[str, Tensor]],  # noqa: ARG002
-        batches: list[Batch],  # noqa: ARG002
-        progress: Progress,
+        self, embeddings: list[dict[str, Tensor]], batches: list[Batch], progress: Progress
     ) -> None:
         """Appendix E.3: with the momentum 1 - (1 - m) (cos(pi k / K) + 1) / 2 of this step."""
         momentum = cosine(progress.fraction, self.options.teacher_momentum, 1.0)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -59,11 +60,11 @@ def nt_xent(
         queries = F.normalize(local.float(), dim=-1).transpose(0, 1).flatten(0, 1)
         keys = F.normalize(everyone.float(), dim=-1).transpose(0, 1).flatten(0, 1)
         logits = queries @ keys.T / temperature
-    rows = torch.arange(first_row, first_row + samples, device=local.device)
-    own = torch.cat([rows, rows + len(everyone)])
-    partner = own.roll(samples)
-    logits = logits.scatter(1, own[:, None], float("-inf"))
-    return F.cross_entropy(logits, partner), logits.argmax(dim=1) == partner
+    sample_rows = torch.arange(first_row, first_row + samples, device=local.device)
+    own_rows = torch.cat([sample_rows, sample_rows + len(everyone)])
+    partner_rows = own_rows.roll(samples)
+    logits = logits.scatter(1, own_rows[:, None], float("-inf"))
+    return F.cross_entropy(logits, partner_rows), logits.argmax(dim=1) == partner_rows
 
 
 class SimClr(Method):
@@ -82,21 +83,22 @@ class SimClr(Method):
             last_norm="no_shift",
         )
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "projection" [B, 2, D], not normalised."""
-        z = self.projection(self.encoder(torch.cat(batch.views)))
-        return {"projection": torch.stack(z.chunk(2), dim=1)}
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Embeddings: "projection" [B, 2, D], not normalised."""
+        projections = self.projection(self.encoder(torch.cat(batch.views)))
+        return {"projection": torch.stack(projections.chunk(2), dim=1)}
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         local = embeddings["projection"]
         everyone = gather_with_gradient(local)
-        loss, found = nt_xent(local, everyone, rank() * len(batch), self.options.temperature)
-        return {"loss": loss, "partner_found": found.float().mean()}
+        loss, partner_found = nt_xent(
+            local, everyone, rank() * len(batch), self.options.temperature
+        )
+        return {"loss": loss, "partner_found": partner_found.float().mean()}
 
 
 def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> SimClr:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -55,8 +56,10 @@ class SimSiam(Method):
         self.projection = Mlp(width, width, out, options.projection_layers, last_norm="plain")
         self.prediction = Mlp(out, options.prediction_dim, out, last_bias=True)
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "prediction" and, without gradient, "projection" [B, 2, D], not normalised."""
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Embeddings: "prediction" [B, 2, D] and, without gradient, "projection" [B, 2, D], none
+        of them normalised."""
         projections = [self.projection(self.encoder(x)) for x in batch.views]
         predictions = [self.prediction(z) for z in projections]
         return {
@@ -64,15 +67,14 @@ class SimSiam(Method):
             "projection": torch.stack(projections, dim=1).detach(),
         }
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,  # noqa: ARG002
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         loss = simsiam_loss(embeddings["prediction"], embeddings["projection"])
         return {"loss": loss, "spread": spread(embeddings["projection"])}
 
+    @override
     def param_groups(self) -> list[dict[str, object]]:
         """Weight decay on everything; the predictor's learning rate is fixed."""
         trained = [*self.encoder.parameters(), *self.projection.parameters()]

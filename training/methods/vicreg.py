@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -107,16 +108,15 @@ class VicReg(Method):
             hidden_bias=True,
         )
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "projection" [B, 2, D], not normalised."""
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Embeddings: "projection" [B, 2, D], not normalised."""
         projections = [self.projection(self.encoder(x)) for x in batch.views]
         return {"projection": torch.stack(projections, dim=1)}
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,  # noqa: ARG002
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         projection = embeddings["projection"]
         terms = vicreg_loss(projection[:, 0], projection[:, 1], self.options)
