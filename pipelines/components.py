@@ -9,17 +9,42 @@ picture, and it comes out as uint8. The price is the decoding of a second, small
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import tee
+from typing import assert_never
 
 import torch
 
 from headrace.pipelines.batch import Batch
 from headrace.pipelines.engines import Engine, SampleError, Work, open_engine
+from headrace.pipelines.ops import (
+    CenterCrop,
+    ColorJitter,
+    Flip,
+    GaussianBlur,
+    Grayscale,
+    Op,
+    RandAugment,
+    RandomCrop,
+    RandomResizedCrop,
+    Resize,
+    Solarize,
+)
 from headrace.pipelines.plan import Plan, ViewPlan
-from headrace.pipelines.recipe import GEOMETRY, Augmentation, Flip, View
+from headrace.pipelines.recipe import Augmentation, View
 from headrace.shards.component import open_component
 from headrace.shards.store import Store
 
-_MOVING = (*GEOMETRY, Flip)  # ops that say where a pixel goes, and nothing of its colour
+
+def _moves_pixels(op: Op) -> bool:
+    """Whether it says where a pixel goes, and nothing of its colour."""
+    match op:
+        case RandomResizedCrop() | Resize() | CenterCrop() | RandomCrop() | Flip():
+            return True
+        case ColorJitter() | Grayscale() | GaussianBlur() | Solarize():
+            return False
+        case RandAugment():
+            return False  # does both: View refuses components beside it
+        case _:
+            assert_never(op)
 
 
 def open_components(store: Store, augmentation: Augmentation) -> dict[str, Store]:
@@ -45,7 +70,7 @@ class Cut:
             place for place, view in enumerate(whole.flat_views) if name in view.components
         )
         views = tuple(
-            View(f"view_{place}", tuple(op for op in view.executed if isinstance(op, _MOVING)))
+            View(f"view_{place}", tuple(op for op in view.executed if _moves_pixels(op)))
             for place, view in enumerate(whole.flat_views)
             if name in view.components
         )
@@ -60,7 +85,7 @@ class Cut:
                     for op, columns in zip(
                         self.whole.flat_views[place].executed, plan.views[place].ops, strict=True
                     )
-                    if isinstance(op, _MOVING)
+                    if _moves_pixels(op)
                 )
             )
             for place in self.places
@@ -69,9 +94,9 @@ class Cut:
 
     def spread(self, batch: Batch) -> tuple[torch.Tensor | None, ...]:
         """An entry for each view of the recipe, of one channel: a component is grey."""
-        found = dict(zip(self.places, batch.views, strict=True))
+        cut_at = dict(zip(self.places, batch.views, strict=True))
         return tuple(
-            found[place][:, :1].contiguous() if place in found else None
+            cut_at[place][:, :1].contiguous() if place in cut_at else None
             for place in range(len(self.whole.flat_views))
         )
 
@@ -86,12 +111,12 @@ class Part:
 
     def run(self, work: Iterator[Work]) -> Iterator[Batch]:
         """The component's pictures for each Work of the data set's."""
-        ours = (
+        works = (
             Work(self.cut.plan(item.plan), self.store.read(item.plan.ids), item.labels)
             for item in work
         )
         try:
-            yield from self.engine.run(ours)
+            yield from self.engine.run(works)
         except SampleError as error:
             reason = f"of its component {self.cut.name!r}, {error.reason}"
             raise SampleError(error.sample_id, reason) from error
@@ -118,8 +143,8 @@ class ComponentEngine:
 
     def run(self, work: Iterator[Work]) -> Iterator[Batch]:
         first, *others = tee(work, 1 + len(self._parts))
-        made = [part.run(copy) for part, copy in zip(self._parts, others, strict=True)]
-        for batch, *cuts in zip(self._pictures.run(first), *made, strict=True):
+        runs = [part.run(copy) for part, copy in zip(self._parts, others, strict=True)]
+        for batch, *cuts in zip(self._pictures.run(first), *runs, strict=True):
             named = {
                 part.cut.name: part.cut.spread(cut)
                 for part, cut in zip(self._parts, cuts, strict=True)

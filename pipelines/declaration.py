@@ -1,20 +1,20 @@
-"""A recipe from its declaration: what a run's config.json says becomes frozen dataclasses again."""
+"""A recipe read back: from its declaration in a run's config.json, or from what it prints as."""
 
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from headrace.pipelines.recipe import (
-    Augmentation,
-    Distribution,
-    Draw,
-    Mask,
-    Mix,
-    RandomErasing,
-    View,
-    ViewOp,
-)
+from headrace.pipelines.masks import Mask
+from headrace.pipelines.ops import ViewOp
+from headrace.pipelines.recipe import Augmentation, Distribution, Draw, Mix, RandomErasing, View
 
-_KINDS = {kind.__name__: kind for union in (ViewOp, Mask, Distribution) for kind in get_args(union)}
+_KINDS: dict[str, type] = {
+    kind.__name__: kind for union in (ViewOp, Mask, Distribution) for kind in get_args(union)
+}
+
+WORDS: dict[str, type] = _KINDS | {
+    kind.__name__: kind for kind in (Augmentation, Draw, Mix, RandomErasing, View)
+}
+"""All that a recipe is made of, by name: `eval(repr(recipe), dict(WORDS)) == recipe`."""
 
 
 def augmentation_from(declaration: Mapping[str, Any]) -> Augmentation:
@@ -22,7 +22,7 @@ def augmentation_from(declaration: Mapping[str, Any]) -> Augmentation:
 
     Raises KeyError, TypeError or RecipeError for what no declaration of this version says.
     """
-    fields = _made(declaration)
+    fields = _restored(declaration)
     mix = fields.get("mix")
     return Augmentation(
         **{
@@ -39,14 +39,14 @@ def _view(fields: Mapping[str, Any]) -> View:
     return View(**{**fields, "erase": None if erase is None else RandomErasing(**erase)})
 
 
-def _made(value: Any) -> Any:
+def _restored(value: Any) -> Any:
     """JSON's lists as the tuples that they were, and what names its `op` as that."""
     match value:
         case {"op": kind, **fields}:
-            return _KINDS[kind](**_made(fields))
+            return _KINDS[kind](**_restored(fields))
         case dict():
-            return {key: _made(item) for key, item in value.items()}
+            return {key: _restored(item) for key, item in value.items()}
         case list() | tuple():
-            return tuple(_made(item) for item in value)
+            return tuple(_restored(item) for item in value)
         case _:
             return value

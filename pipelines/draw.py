@@ -35,11 +35,8 @@ from headrace.pipelines.draw_masks import mask
 from headrace.pipelines.draw_mix import declared_draw, erase, mix
 from headrace.pipelines.geometry import resized_sizes
 from headrace.pipelines.noise import normals
-from headrace.pipelines.philox import uniforms
-from headrace.pipelines.plan import Plan, ViewPlan
-from headrace.pipelines.recipe import (
+from headrace.pipelines.ops import (
     RAND_AUGMENT_OPERATIONS,
-    Augmentation,
     CenterCrop,
     ColorJitter,
     Flip,
@@ -53,8 +50,10 @@ from headrace.pipelines.recipe import (
     RandomResizedCrop,
     Resize,
     Solarize,
-    View,
 )
+from headrace.pipelines.philox import uniforms
+from headrace.pipelines.plan import Plan, ViewPlan
+from headrace.pipelines.recipe import Augmentation, View
 from headrace.pipelines.source import Source, below, between
 
 PLAN_VERSION = 1  # moves when equal inputs would give other draws

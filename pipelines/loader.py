@@ -10,7 +10,6 @@ The state is what was *delivered*: prefetched batches are thrown away by a resum
 """
 
 import copy
-import os
 import time
 import weakref
 from collections.abc import Iterator, Mapping
@@ -22,33 +21,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from headrace.pipelines import engines
-from headrace.pipelines.approximation import APPROXIMATIONS
+from headrace.pipelines.approximation import APPROXIMATIONS, Approximation
 from headrace.pipelines.batch import Batch
 from headrace.pipelines.components import open_components
 from headrace.pipelines.differences import differences, plain
 from headrace.pipelines.draw import PLAN_VERSION
+from headrace.pipelines.engines import Engine, choose
 from headrace.pipelines.order import Order, OrderError, Part, Shuffle
 from headrace.pipelines.recipe import Augmentation
-from headrace.pipelines.stream import LoaderError, Place, Stream, Worker, receive
+from headrace.pipelines.stream import LoaderError, Place, Stream, Worker, receive, require
 from headrace.pipelines.table import Table, make_table
+from headrace.shards.cores import usable_cores
 from headrace.shards.store import Store
 
-__all__ = [
-    "Loader",
-    "LoaderError",
-    "differences",
-    "open_loader",
-    "threads_per_rank",
-    "usable_cores",
-]
+__all__ = ["Loader", "LoaderError", "open_loader"]
 
 _DIFFERENCES_SHOWN = 5
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise LoaderError(message)
 
 
 class Loader:
@@ -69,9 +57,9 @@ class Loader:
     determines the stream.
     """
 
-    def __init__(self, stream: Stream, engine: engines.Engine) -> None:
+    def __init__(self, stream: Stream, engine: Engine) -> None:
         self._stream = stream
-        self._idle_engine: engines.Engine | None = engine
+        self._idle_engine: Engine | None = engine
         self._next = Place(0, 0, 0)
         self._worker: Worker | None = None
         self._finalizer: weakref.finalize[Any, Loader] | None = None
@@ -91,7 +79,7 @@ class Loader:
         )
 
     def __len__(self) -> int:
-        return self._stream.own_steps() * self._stream.accumulate
+        return self._stream.rank_steps() * self._stream.accumulate
 
     def __enter__(self) -> Self:
         return self
@@ -110,18 +98,18 @@ class Loader:
         Raises LoaderError after the last of a limited number of passes.
         """
         epoch, passes = self._next.epoch, self._stream.passes
-        _require(
+        require(
             passes is None or epoch < passes,
             f"this loader was opened with passes={passes}, and they are over: open another one",
         )
         while self._next.epoch == epoch:
-            if self._next.step >= self._stream.own_steps():
+            if self._next.step >= self._stream.rank_steps():
                 self._next = Place(epoch + 1, 0, 0)
                 return
             yield self._take()
 
     def _take(self) -> Batch:
-        _require(not self._closed, "this loader is closed; open another one")
+        require(not self._closed, "this loader is closed; open another one")
         started = time.perf_counter()
         if self._worker is None:
             self._worker = self._new_worker()
@@ -157,7 +145,7 @@ class Loader:
         Raises LoaderError for an epoch that has begun and a table that does not fit the order.
         """
         epoch, step, part = self._next
-        _require(
+        require(
             step == part == 0,
             f"a table is the order of a whole epoch, and {step} steps of epoch {epoch} were "
             f"delivered in another one",
@@ -197,7 +185,7 @@ class Loader:
         Raises LoaderError between the micro-batches of a step.
         """
         epoch, step, part = self._next
-        _require(
+        require(
             part == 0,
             f"micro-batch {part} of {self._stream.accumulate} of step {step} was delivered: "
             f"a state is taken between steps",
@@ -221,17 +209,17 @@ class Loader:
             theirs = state["fingerprint"]
         except (KeyError, TypeError, ValueError) as error:
             raise LoaderError(f"this is no state of a loader: {error!r}") from error
-        found = differences(plain(theirs), self.fingerprint)
-        shown = "; ".join(found[:_DIFFERENCES_SHOWN])
-        more = len(found) - _DIFFERENCES_SHOWN
-        _require(
-            not found,
-            f"the state belongs to another stream of samples: {shown}"
+        changes = differences(plain(theirs), self.fingerprint)
+        more = len(changes) - _DIFFERENCES_SHOWN
+        require(
+            not changes,
+            "the state belongs to another stream of samples: "
+            + "; ".join(changes[:_DIFFERENCES_SHOWN])
             + (f"; and {more} more" if more > 0 else ""),
         )
         order = self._stream.order
         step, rest = divmod(position, order.batch_size)
-        _require(
+        require(
             epoch >= 0 and rest == 0 and 0 <= step < order.steps_per_epoch,
             f"epoch {epoch}, position {position} is no start of a step: epochs have "
             f"{order.epoch_length} positions in batches of {order.batch_size}",
@@ -240,7 +228,7 @@ class Loader:
         if theirs is None and step == 0:
             table = None  # nothing of that epoch was delivered in any order
         else:
-            _require(
+            require(
                 theirs == ours,
                 f"the state was taken in an epoch ordered by {_named(theirs)}, and this loader has "
                 f"{_named(ours)}: give use_table the ids of that epoch first",
@@ -258,21 +246,6 @@ def _digest(table: Table | None) -> str | None:
 
 def _named(digest: str | None) -> str:
     return "no table" if digest is None else f"the table {digest[:12]}"
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def threads_per_rank(cores: int, local_world_size: int) -> int:
-    """An engine's threads where `local_world_size` ranks share a machine: no core is taken twice.
-
-    What is left over stays idle for the ranks' own threads; with more ranks than cores it is 1.
-    """
-    return max(1, cores // local_world_size)
 
 
 def open_loader(
@@ -299,7 +272,7 @@ def open_loader(
     prefetch: int = 2,
     passes: int | None = None,
     stage: bool = True,
-    approximate: tuple[engines.Approximation, ...] = (),
+    approximate: tuple[Approximation, ...] = (),
 ) -> Loader:
     """A Loader of `augmentation`'s views of the store's samples, for one rank.
 
@@ -322,46 +295,15 @@ def open_loader(
     """
     target = torch.device(device)
     if target.type == "cuda":
-        _require(torch.cuda.is_available(), f"device {target}: torch finds no CUDA device")
+        require(torch.cuda.is_available(), f"device {target}: torch finds no CUDA device")
         if target.index is None:  # the worker thread has a current device of its own
             target = torch.device("cuda", torch.cuda.current_device())
-    _require(len(store) > 0, f"{store.uri} has no samples")
-    for name, value in (
-        ("batch_size", batch_size),
-        ("world_size", world_size),
-        ("accumulate", accumulate),
-        ("prefetch", prefetch),
-        ("passes", 1 if passes is None else passes),
-        ("threads", 1 if threads is None else threads),
-    ):
-        _require(value > 0, f"{name} is {value}; it must be at least 1")
-    _require(0 <= rank < world_size, f"rank is {rank}; it must be in [0, {world_size})")
-    _require(
-        dtype in (torch.float32, torch.float16, torch.bfloat16),
-        f"dtype is {dtype}; views can be float32, float16 or bfloat16",
-    )
+    require(len(store) > 0, f"{store.uri} has no samples")
     for name in approximate:
-        _require(
+        require(
             name in APPROXIMATIONS,
             f"approximate names {name!r}; there are {', '.join(APPROXIMATIONS)}",
         )
-    _require(
-        drop_last or augmentation.group == 1,
-        f"drop_last=False leaves a last batch without whole groups of {augmentation.group}, which "
-        f"the recipe {augmentation.name!r} draws for",
-    )
-    _require(drop_last or accumulate == 1, "accumulate needs drop_last: its steps are all whole")
-    shares = world_size * accumulate
-    _require(
-        batch_size % shares == 0,
-        f"batch_size {batch_size} is no multiple of world_size x accumulate = "
-        f"{world_size} x {accumulate}",
-    )
-    _require(
-        batch_size // shares % augmentation.group == 0,
-        f"a micro-batch of {batch_size // shares} samples holds no whole groups of "
-        f"{augmentation.group}, which the recipe {augmentation.name!r} draws for",
-    )
     try:
         order = Order(
             samples=len(store),
@@ -383,13 +325,13 @@ def open_loader(
         store=store,
         augmentation=augmentation,
         order=order,
-        engine_name=engines.choose(engine, augmentation, target, approximate),
+        engine_name=choose(engine, augmentation, target, approximate),
         rank=rank,
         world_size=world_size,
         accumulate=accumulate,
         device=target,
         dtype=dtype,
-        threads=threads or usable_cores(),
+        threads=usable_cores() if threads is None else threads,
         prefetch=prefetch,
         passes=passes,
         stage=stage,

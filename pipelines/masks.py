@@ -1,7 +1,7 @@
 """The masks of masked image modelling: which patches of a view a method may not see, declared.
 
 A mask changes no pixel. `draw.draw` draws it, it travels beside the view in `Batch.masks`, and the
-method does with it what its paper says. `recipe` puts masks into views; import from there.
+method does with it what its paper says. `recipe.View` has one.
 """
 
 import math

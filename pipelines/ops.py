@@ -2,7 +2,7 @@
 
 Each op lists under "Draws" the columns that `draw.draw` gives for it, one row per sample
 (B = samples in the batch); `engines/reference.py` says in pixels what they mean. An op without
-"Draws" is a function of the picture's size alone. `recipe` puts ops together; import from there.
+"Draws" is a function of the picture's size alone. `recipe.View` puts them together.
 """
 
 from dataclasses import dataclass

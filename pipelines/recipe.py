@@ -6,6 +6,7 @@ runs, draws or imports more than the standard library, so that a recipe can be p
 hashed into a fingerprint and lowered by any engine. `draw.draw` turns it into random numbers,
 `engines/` into pixels.
 
+Ops are imported from `ops` and masks from `masks`; `declaration.WORDS` has all of them by name.
 "Draws" names the columns that `draw.draw` gives, one row per sample (B = samples in the batch).
 """
 
@@ -13,73 +14,23 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from headrace.pipelines.masks import BlockMask, Mask, MultiBlockMask, RandomMask, require_fit
+from headrace.pipelines.masks import Mask, require_fit
 from headrace.pipelines.ops import (
     GEOMETRY,
-    RAND_AUGMENT_OPERATIONS,
     CenterCrop,
-    ChosenOp,
-    ColorJitter,
     DrawScope,
     Flip,
-    GaussianBlur,
-    Grayscale,
-    Interpolation,
     OneOf,
     Op,
     RandAugment,
-    RandAugmentOperation,
     RandomCrop,
     RandomResizedCrop,
-    RecipeError,
     Resize,
-    Solarize,
     ViewOp,
-    centered_offset,
     require,
     require_probability,
     require_range,
-    resized_shape,
 )
-
-__all__ = [
-    "GEOMETRY",
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "RAND_AUGMENT_OPERATIONS",
-    "Augmentation",
-    "BlockMask",
-    "CenterCrop",
-    "ChosenOp",
-    "ColorJitter",
-    "Distribution",
-    "Draw",
-    "Flip",
-    "GaussianBlur",
-    "Grayscale",
-    "Integers",
-    "Interpolation",
-    "Mask",
-    "Mix",
-    "MultiBlockMask",
-    "OneOf",
-    "Op",
-    "Permutation",
-    "RandAugment",
-    "RandAugmentOperation",
-    "RandomCrop",
-    "RandomErasing",
-    "RandomMask",
-    "RandomResizedCrop",
-    "RecipeError",
-    "Resize",
-    "Solarize",
-    "Uniform",
-    "View",
-    "ViewOp",
-    "centered_offset",
-    "resized_shape",
-]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -17,10 +17,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from headrace.pipelines import engines
+from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.batch import Batch
 from headrace.pipelines.components import with_components
 from headrace.pipelines.draw import draw
+from headrace.pipelines.engines import (
+    Engine,
+    EngineName,
+    SampleError,
+    Work,
+    finishes,
+    open_engine,
+)
+from headrace.pipelines.engines.contract import give_way
 from headrace.pipelines.engines.device_stage import device_stage
 from headrace.pipelines.order import Order, rank_slice
 from headrace.pipelines.recipe import Augmentation
@@ -33,6 +42,12 @@ class LoaderError(UserError):
     """A loader that cannot be built, resumed or continued: what is wrong and what may be done."""
 
 
+def require(holds: bool, message: str) -> None:
+    """Raise LoaderError unless `holds`."""
+    if not holds:
+        raise LoaderError(message)
+
+
 class Place(NamedTuple):
     epoch: int
     step: int  # of the epoch
@@ -41,12 +56,17 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Stream:
-    """Everything that determines one rank's batches, and nothing that changes."""
+    """Everything that determines one rank's batches, and nothing that changes.
+
+    The fields are `loader.open_loader`'s parameters of the same names; `engine_name` is the engine
+    that was chosen, `table` an epoch's order that replaces `order`'s, `components` the recipe's.
+    Raises LoaderError for what cannot be delivered.
+    """
 
     store: Store
     augmentation: Augmentation
     order: Order
-    engine_name: engines.EngineName
+    engine_name: EngineName
     rank: int
     world_size: int
     accumulate: int
@@ -56,9 +76,49 @@ class Stream:
     prefetch: int
     passes: int | None
     stage: bool
-    approximate: tuple[engines.Approximation, ...] = ()
+    approximate: tuple[Approximation, ...] = ()
     table: Table | None = None
     components: Mapping[str, Store] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("world_size", self.world_size),
+            ("accumulate", self.accumulate),
+            ("prefetch", self.prefetch),
+            ("passes", 1 if self.passes is None else self.passes),
+            ("threads", self.threads),
+        ):
+            require(value > 0, f"{name} is {value}; it must be at least 1")
+        require(
+            0 <= self.rank < self.world_size,
+            f"rank is {self.rank}; it must be in [0, {self.world_size})",
+        )
+        require(
+            self.dtype in (torch.float32, torch.float16, torch.bfloat16),
+            f"dtype is {self.dtype}; views can be float32, float16 or bfloat16",
+        )
+        batch_size, drop_last = self.order.batch_size, self.order.drop_last
+        recipe, group = self.augmentation.name, self.augmentation.group
+        require(
+            drop_last or group == 1,
+            f"drop_last=False leaves a last batch without whole groups of {group}, which the "
+            f"recipe {recipe!r} draws for",
+        )
+        require(
+            drop_last or self.accumulate == 1,
+            "accumulate needs drop_last: its steps are all whole",
+        )
+        shares = self.world_size * self.accumulate
+        require(
+            batch_size % shares == 0,
+            f"batch_size {batch_size} is no multiple of world_size x accumulate = "
+            f"{self.world_size} x {self.accumulate}",
+        )
+        require(
+            batch_size // shares % group == 0,
+            f"a micro-batch of {batch_size // shares} samples holds no whole groups of {group}, "
+            f"which the recipe {recipe!r} draws for",
+        )
 
     @property
     def component_fingerprints(self) -> dict[str, dict[str, str]]:
@@ -69,12 +129,10 @@ class Stream:
     @property
     def engine_finishes(self) -> bool:
         """Whether the engine hands out finished views, which saves a pass over all of them."""
-        return self.stage and engines.finishes(
-            self.engine_name, self.augmentation, self.device, self.dtype
-        )
+        return self.stage and finishes(self.engine_name, self.augmentation, self.device, self.dtype)
 
-    def open_engine(self) -> engines.Engine:
-        pictures = engines.open_engine(
+    def open_engine(self) -> Engine:
+        pictures = open_engine(
             self.engine_name,
             self.augmentation,
             device=self.device,
@@ -94,24 +152,24 @@ class Stream:
     def share(self, step: int, part: int) -> slice:
         """This rank's micro-batch within the global batch: contiguous, of whole groups."""
         group, drop_last = self.augmentation.group, self.order.drop_last
-        own = rank_slice(
+        of_rank = rank_slice(
             self.step_length(step), self.world_size, self.rank, group=group, drop_last=drop_last
         )
-        piece = rank_slice(
-            own.stop - own.start, self.accumulate, part, group=group, drop_last=drop_last
+        within = rank_slice(
+            of_rank.stop - of_rank.start, self.accumulate, part, group=group, drop_last=drop_last
         )
-        return slice(own.start + piece.start, own.start + piece.stop)
+        return slice(of_rank.start + within.start, of_rank.start + within.stop)
 
-    def own_steps(self) -> int:
+    def rank_steps(self) -> int:
         """Steps of an epoch in which this rank has samples: all, or all but a short last one."""
         steps = self.order.steps_per_epoch
         last = self.share(steps - 1, 0)
         return steps if last.stop > last.start else steps - 1
 
     def places(self, start: Place) -> Iterator[Place]:
-        """From `start` on: `passes` epochs in all, or without an end. `own_steps` must not be 0."""
+        """From `start` on: `passes` epochs in all, or no end. `rank_steps` must not be 0."""
         epoch, step, part = start
-        steps = self.own_steps()
+        steps = self.rank_steps()
         while True:
             if step >= steps:
                 epoch, step, part = epoch + 1, 0, 0
@@ -130,7 +188,7 @@ class Stream:
         rows = slice(first, first + self.step_length(place.step))
         return self.table.ids[rows], self.table.occurrences[rows]
 
-    def work(self, place: Place) -> engines.Work:
+    def work(self, place: Place) -> Work:
         ids, occurrences = self.global_batch(place)
         share = self.share(place.step, place.part)
         ids, occurrences = ids[share], occurrences[share]
@@ -144,10 +202,10 @@ class Stream:
             occurrences=occurrences,
             sizes=self.store.sizes(ids),
         )
-        engines.give_way()
+        give_way()
         encoded = self.store.read(ids)
-        engines.give_way()
-        return engines.Work(plan, encoded, self.store.labels(ids))
+        give_way()
+        return Work(plan, encoded, self.store.labels(ids))
 
     def finish(self, batch: Batch) -> Batch:
         """To the consumer's device, and finished if that is asked for and not yet done."""
@@ -160,7 +218,7 @@ class Stream:
 
     def explain(self, error: BaseException) -> BaseException:
         """The engine knows a sample's id; the store knows what its owner called it."""
-        if not isinstance(error, engines.SampleError):
+        if not isinstance(error, SampleError):
             return error
         name = self.store.names(np.array([error.sample_id], dtype=np.int64))[0]
         named = LoaderError(
@@ -209,7 +267,7 @@ class Worker:
     It holds no reference to the Loader, so that a forgotten Loader can end it.
     """
 
-    def __init__(self, stream: Stream, engine: engines.Engine, start: Place) -> None:
+    def __init__(self, stream: Stream, engine: Engine, start: Place) -> None:
         self._stream = stream
         self._engine = engine
         self._start = start
@@ -247,7 +305,7 @@ class Worker:
         places: deque[Place] = deque()
         failure: list[Exception] = []
 
-        def works() -> Iterator[engines.Work]:
+        def works() -> Iterator[Work]:
             # A failure here waits until the engine has given back the batches before it.
             try:
                 for place in self._stream.places(self._start):
@@ -260,16 +318,16 @@ class Worker:
             except Exception as error:
                 failure.append(error)
 
-        for made in self._engine.run(works()):
+        for executed in self._engine.run(works()):
             if self._stopping.is_set():
                 return
-            batch = self._stream.finish(made)
+            batch = self._stream.finish(executed)
             ready = None
             if self._stream.device.type == "cuda":
                 ready = torch.cuda.Event()
                 ready.record()
             self._ready.put(Delivery(places.popleft(), batch, ready))
-            del made, batch  # the consumer may drop it while the next one is being made
+            del executed, batch  # the consumer may drop it while the next one is being made
         if failure:
             raise failure[0]
         if not self._stopping.is_set():  # and after the last pass, where nobody asks for more

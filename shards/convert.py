@@ -34,6 +34,7 @@ from PIL import features
 
 from headrace.shards.assemble import write_shards
 from headrace.shards.atomic import PARTIAL_SUFFIX, atomic_file
+from headrace.shards.cores import usable_cores
 from headrace.shards.encode import EncodeOptions
 from headrace.shards.index import ShardError, encode_name, write_index
 from headrace.shards.manifest import (
@@ -46,7 +47,7 @@ from headrace.shards.manifest import (
 )
 from headrace.shards.parts import LEFT_OUT, Note, read_parts, table_path, write_part
 from headrace.shards.sources.samples import Sample, SourceSplit
-from headrace.shards.workers import Runner, open_executor, usable_cores
+from headrace.shards.workers import Runner, open_executor
 
 REPORT_FILE = "report.jsonl"
 _PLAN_FILE = "plan.json"

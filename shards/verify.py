@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from headrace.shards.cores import usable_cores
 from headrace.shards.encode import check_decodes
 from headrace.shards.index import RAW, Index, ShardError, content_hash, hash_file, read_index
 from headrace.shards.manifest import (
@@ -23,7 +24,7 @@ from headrace.shards.manifest import (
     ShardFile,
     read_manifest,
 )
-from headrace.shards.workers import Runner, open_executor, usable_cores
+from headrace.shards.workers import Runner, open_executor
 
 _READ_BYTES = 1 << 22
 _SAMPLES_PER_TASK = 512

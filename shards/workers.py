@@ -73,11 +73,6 @@ class Runner:
         )
 
 
-def usable_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def open_executor(workers: int) -> Executor:
     """Processes that end with this one; for one worker a thread, which starts at once."""
     if workers == 1:

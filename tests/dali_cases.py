@@ -17,7 +17,8 @@ from headrace.pipelines.approximation import APPROXIMATIONS, Approximation
 from headrace.pipelines.batch import Batch
 from headrace.pipelines.draw import draw
 from headrace.pipelines.engines import Work
-from headrace.pipelines.recipe import Augmentation, View, ViewOp
+from headrace.pipelines.ops import ViewOp
+from headrace.pipelines.recipe import Augmentation, View
 
 CPU = torch.device("cpu")
 

@@ -11,29 +11,29 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from headrace.pipelines.draw import draw
-from headrace.pipelines.plan import Plan
-from headrace.pipelines.recipe import (
-    Augmentation,
-    BlockMask,
+from headrace.pipelines.masks import BlockMask, MultiBlockMask, RandomMask
+from headrace.pipelines.ops import (
     CenterCrop,
     ColorJitter,
-    Draw,
     Flip,
     GaussianBlur,
     Grayscale,
-    Integers,
-    Mix,
-    MultiBlockMask,
     OneOf,
     Op,
-    Permutation,
     RandAugment,
     RandomCrop,
-    RandomErasing,
-    RandomMask,
     RandomResizedCrop,
     Resize,
     Solarize,
+)
+from headrace.pipelines.plan import Plan
+from headrace.pipelines.recipe import (
+    Augmentation,
+    Draw,
+    Integers,
+    Mix,
+    Permutation,
+    RandomErasing,
     Uniform,
     View,
 )

@@ -16,7 +16,8 @@ from headrace.pipelines import engines
 from headrace.pipelines.batch import Batch
 from headrace.pipelines.draw import draw
 from headrace.pipelines.engines import Work
-from headrace.pipelines.recipe import Augmentation, RandomErasing, View, ViewOp
+from headrace.pipelines.ops import ViewOp
+from headrace.pipelines.recipe import Augmentation, RandomErasing, View
 
 Pixels = NDArray[np.uint8]
 

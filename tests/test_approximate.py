@@ -9,8 +9,9 @@ from PIL import Image
 
 from headrace.pipelines import recipes
 from headrace.pipelines.approximation import APPROXIMATIONS
+from headrace.pipelines.differences import differences
 from headrace.pipelines.engines import Unsupported
-from headrace.pipelines.loader import differences, threads_per_rank
+from headrace.shards.cores import threads_per_rank
 from headrace.shards.store import Store, open_store
 from headrace.training import evaluate
 from headrace.training.command_line import parse_command_line

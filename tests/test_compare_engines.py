@@ -18,7 +18,7 @@ from headrace.pipelines.approximation import APPROXIMATIONS
 from headrace.pipelines.batch import Batch, Erased, Mixed
 from headrace.pipelines.engines.device_stage import normalize
 from headrace.pipelines.engines.reference import decode
-from headrace.pipelines.recipe import RAND_AUGMENT_OPERATIONS, RandAugment
+from headrace.pipelines.ops import RAND_AUGMENT_OPERATIONS, RandAugment
 from headrace.shards.store import Store, open_store
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,21 +21,19 @@ from headrace.pipelines.components import Cut
 from headrace.pipelines.declaration import augmentation_from
 from headrace.pipelines.engines import EngineName
 from headrace.pipelines.loader import LoaderError, open_loader
-from headrace.pipelines.recipe import (
-    Augmentation,
+from headrace.pipelines.ops import (
     CenterCrop,
     ColorJitter,
     Flip,
     GaussianBlur,
     Grayscale,
-    Mix,
     RandAugment,
     RandomCrop,
     RandomResizedCrop,
     RecipeError,
     Resize,
-    View,
 )
+from headrace.pipelines.recipe import Augmentation, Mix, View
 from headrace.shards.beton import read_beton_index
 from headrace.shards.component import begin_component, component_directory, open_component
 from headrace.shards.dataset import write_dataset

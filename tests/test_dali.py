@@ -18,7 +18,7 @@ from headrace.pipelines import engines, recipes
 from headrace.pipelines.batch import Batch
 from headrace.pipelines.engines import SampleError, Unsupported, Work, reference
 from headrace.pipelines.engines.dali import engine as dali
-from headrace.pipelines.recipe import (
+from headrace.pipelines.ops import (
     CenterCrop,
     ColorJitter,
     Flip,
@@ -215,7 +215,7 @@ def test_batch_size_and_threads_change_nothing(pictures: list[Image.Image]) -> N
 def test_batches_that_are_held_stay_as_they_are(pictures: list[Image.Image]) -> None:
     augmentation = recipes.simclr(32, blur=False)
     work = [make_work(augmentation, pictures[:3], seed=seed) for seed in range(12)]
-    engine = dali.open_engine(augmentation, device=CPU, threads=1)
+    engine = dali.Dali().open(augmentation, device=CPU, threads=1)
     held: list[Batch] = []
     copies: list[list[torch.Tensor]] = []
     for batch in engine.run(iter(work)):
@@ -257,7 +257,7 @@ def test_a_broken_file_is_named_and_batches_before_it_come(
     bad = good[2].encoded
     bad[1] = BROKEN[how](bad[1])
     made: list[Batch] = []
-    engine = dali.open_engine(augmentation, device=CPU, threads=1)
+    engine = dali.Dali().open(augmentation, device=CPU, threads=1)
     with pytest.raises(SampleError, match="sample 15 cannot be decoded: DALI refuses it") as caught:
         made.extend(engine.run(iter(good)))
     assert caught.value.sample_id == 15
@@ -285,7 +285,7 @@ def test_what_the_work_raises_comes_through(pictures: list[Image.Image]) -> None
             yield make_work(augmentation, pictures[:2])
         raise KeyError("the store is gone")
 
-    engine = dali.open_engine(augmentation, device=CPU, threads=1)
+    engine = dali.Dali().open(augmentation, device=CPU, threads=1)
     made: list[Batch] = []
     with pytest.raises(KeyError, match="the store is gone"):
         made.extend(engine.run(failing()))
@@ -302,7 +302,7 @@ def test_few_works_are_taken_ahead(pictures: list[Image.Image]) -> None:
             taken += 1
             yield make_work(augmentation, pictures[:1])
 
-    engine = dali.open_engine(augmentation, device=CPU, threads=1)
+    engine = dali.Dali().open(augmentation, device=CPU, threads=1)
     run = engine.run(endless())
     for given in range(1, 6):
         next(run)
@@ -316,7 +316,7 @@ def test_closing_ends_the_threads(pictures: list[Image.Image]) -> None:
     augmentation = one_view(CUT)
     run_dali(augmentation, [make_work(augmentation, pictures)])  # what DALI keeps for good
     before = len(os.listdir("/proc/self/task"))
-    engine = dali.open_engine(augmentation, device=CPU, threads=2)
+    engine = dali.Dali().open(augmentation, device=CPU, threads=2)
     run = engine.run(make_work(augmentation, pictures[:2]) for _ in range(100))
     next(run)
     assert len(os.listdir("/proc/self/task")) > before
@@ -335,7 +335,7 @@ def test_engines_run_side_by_side_in_threads(pictures: list[Image.Image]) -> Non
     augmentation = recipes.simclr(32)
     work = [make_work(augmentation, pictures[:2], seed=seed) for seed in range(4)]
     expected = run_dali(augmentation, work)
-    engine_of = [dali.open_engine(augmentation, device=CPU, threads=1) for _ in range(2)]
+    engine_of = [dali.Dali().open(augmentation, device=CPU, threads=1) for _ in range(2)]
     made: list[list[Batch]] = [[], []]
     workers = [
         threading.Thread(target=lambda i=i: made[i].extend(engine_of[i].run(iter(work))))
@@ -358,10 +358,10 @@ def test_process_wide_settings_stay(pictures: list[Image.Image]) -> None:
 
 def test_devices_that_dali_cannot_use_are_said() -> None:
     augmentation = one_view(CUT)
-    assert dali.unsupported(augmentation, CPU, ()) == []
-    assert dali.unsupported(augmentation, torch.device("meta"), ()) != []
+    assert dali.Dali().unsupported(augmentation, CPU, ()) == []
+    assert dali.Dali().unsupported(augmentation, torch.device("meta"), ()) != []
     assert engines.choose("dali", augmentation, "cpu") == "dali"
     if not torch.cuda.is_available():
         with pytest.raises(Unsupported, match="no CUDA device"):
-            dali.open_engine(augmentation, device=torch.device("cuda"), threads=1)
+            dali.Dali().open(augmentation, device=torch.device("cuda"), threads=1)
         assert engines.choose("auto", augmentation, "cuda") == "fused"

@@ -16,7 +16,7 @@ from headrace.pipelines.engines.dali.columns import (
     op_columns,
     plan_columns,
 )
-from headrace.pipelines.recipe import (
+from headrace.pipelines.ops import (
     CenterCrop,
     ColorJitter,
     GaussianBlur,

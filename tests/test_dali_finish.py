@@ -16,18 +16,9 @@ from headrace.pipelines.engines import Unsupported, Work
 from headrace.pipelines.engines.dali.columns import finish_columns
 from headrace.pipelines.engines.dali.engine import DaliEngine
 from headrace.pipelines.engines.device_stage import device_stage
-from headrace.pipelines.recipe import (
-    Augmentation,
-    BlockMask,
-    CenterCrop,
-    Flip,
-    Mix,
-    MultiBlockMask,
-    RandomErasing,
-    RandomMask,
-    RandomResizedCrop,
-    View,
-)
+from headrace.pipelines.masks import BlockMask, MultiBlockMask, RandomMask
+from headrace.pipelines.ops import CenterCrop, Flip, RandomResizedCrop
+from headrace.pipelines.recipe import Augmentation, Mix, RandomErasing, View
 from tests.dali_cases import CPU, make_work, photo_and_smooth_pictures, run_dali
 
 pytestmark = pytest.mark.dali

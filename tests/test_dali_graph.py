@@ -18,23 +18,20 @@ from headrace.pipelines.engines.dali.describe import (
 )
 from headrace.pipelines.engines.dali.graph import build_pipeline
 from headrace.pipelines.engines.dali.nodes import Placement
-from headrace.pipelines.recipe import (
-    Augmentation,
+from headrace.pipelines.masks import RandomMask
+from headrace.pipelines.ops import (
     CenterCrop,
     ColorJitter,
     Flip,
     GaussianBlur,
     Grayscale,
-    Mix,
     RandAugment,
     RandomCrop,
-    RandomErasing,
-    RandomMask,
     RandomResizedCrop,
     Resize,
     Solarize,
-    View,
 )
+from headrace.pipelines.recipe import Augmentation, Mix, RandomErasing, View
 
 pytestmark = pytest.mark.dali
 

@@ -15,17 +15,17 @@ pytest.importorskip("nvidia.dali")
 from headrace.pipelines import engines, recipes
 from headrace.pipelines.approximation import APPROXIMATIONS, Approximation
 from headrace.pipelines.engines import Unsupported, Work
-from headrace.pipelines.engines.dali.policy_columns import AFFINE, layer_prefix, policy_columns
+from headrace.pipelines.engines.dali.columns import AFFINE, layer_prefix, policy_columns
 from headrace.pipelines.engines.reference import apply_op
-from headrace.pipelines.plan import ViewPlan
-from headrace.pipelines.recipe import (
+from headrace.pipelines.ops import (
     RAND_AUGMENT_OPERATIONS,
-    Augmentation,
     CenterCrop,
     Flip,
     RandAugment,
     RandAugmentOperation,
 )
+from headrace.pipelines.plan import ViewPlan
+from headrace.pipelines.recipe import Augmentation
 from tests.dali_cases import (
     CPU,
     levels_apart,

@@ -18,14 +18,8 @@ from headrace.pipelines.engines.dali.columns import (
     region_columns,
 )
 from headrace.pipelines.engines.dali.describe import graph_of
-from headrace.pipelines.recipe import (
-    Augmentation,
-    CenterCrop,
-    Flip,
-    RandomResizedCrop,
-    Resize,
-    View,
-)
+from headrace.pipelines.ops import CenterCrop, Flip, RandomResizedCrop, Resize
+from headrace.pipelines.recipe import Augmentation, View
 from tests.dali_cases import (
     file_bytes,
     levels_apart,

@@ -18,11 +18,11 @@ from headrace.pipelines.engines import Work
 from headrace.pipelines.engines import device_stage as stage
 from headrace.pipelines.engines.device_noise import pixel_noise
 from headrace.pipelines.engines.device_stage import device_stage, normalize
+from headrace.pipelines.ops import CenterCrop
 from headrace.pipelines.recipe import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Augmentation,
-    CenterCrop,
     Mix,
     RandomErasing,
     View,

@@ -25,28 +25,23 @@ from headrace.pipelines.counters import (
     owners,
 )
 from headrace.pipelines.draw import draw
-from headrace.pipelines.order import Order, rank_slice
-from headrace.pipelines.philox import words
-from headrace.pipelines.plan import Plan
-from headrace.pipelines.recipe import (
-    Augmentation,
-    BlockMask,
+from headrace.pipelines.masks import BlockMask, MultiBlockMask, RandomMask
+from headrace.pipelines.ops import (
     ColorJitter,
     Flip,
     GaussianBlur,
     Grayscale,
-    Mix,
-    MultiBlockMask,
     Op,
     RandAugment,
     RandomCrop,
-    RandomErasing,
-    RandomMask,
     RandomResizedCrop,
     Solarize,
-    View,
     ViewOp,
 )
+from headrace.pipelines.order import Order, rank_slice
+from headrace.pipelines.philox import words
+from headrace.pipelines.plan import Plan
+from headrace.pipelines.recipe import Augmentation, Mix, RandomErasing, View
 from headrace.pipelines.recipes import named
 from tests.draws import EVERY_MIX, EVERY_VIEW, EVERYTHING, GROUP, columns, drawn, one
 

@@ -15,17 +15,10 @@ from numpy.typing import NDArray
 
 from headrace.pipelines import source as source_module
 from headrace.pipelines.counters import Kind, Scope, counters, owners
+from headrace.pipelines.masks import BlockMask, Mask, MultiBlockMask, RandomMask
+from headrace.pipelines.ops import RandomCrop, RecipeError
 from headrace.pipelines.philox import words
-from headrace.pipelines.recipe import (
-    Augmentation,
-    BlockMask,
-    Mask,
-    MultiBlockMask,
-    RandomCrop,
-    RandomMask,
-    RecipeError,
-    View,
-)
+from headrace.pipelines.recipe import Augmentation, View
 from tests.draws import Sample, assert_same_distribution, drawn
 
 

@@ -16,6 +16,7 @@ from timm.data import random_erasing as timms_erasing
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 
 from headrace.pipelines.noise import MAGNITUDES, half_normal_quantiles, normals
+from headrace.pipelines.ops import RandomCrop
 from headrace.pipelines.recipe import (
     Augmentation,
     Distribution,
@@ -23,7 +24,6 @@ from headrace.pipelines.recipe import (
     Integers,
     Mix,
     Permutation,
-    RandomCrop,
     RandomErasing,
     Uniform,
     View,

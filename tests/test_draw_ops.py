@@ -12,9 +12,7 @@ from torchvision import transforms
 
 from headrace.pipelines import recipes
 from headrace.pipelines.counters import Kind, Scope, counters, owners
-from headrace.pipelines.philox import words
-from headrace.pipelines.recipe import (
-    Augmentation,
+from headrace.pipelines.ops import (
     ColorJitter,
     Flip,
     GaussianBlur,
@@ -24,8 +22,9 @@ from headrace.pipelines.recipe import (
     RandomResizedCrop,
     Resize,
     Solarize,
-    View,
 )
+from headrace.pipelines.philox import words
+from headrace.pipelines.recipe import Augmentation, View
 from tests.draws import (
     GROUP,
     THREE_AUGMENT,

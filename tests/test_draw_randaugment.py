@@ -13,7 +13,7 @@ from timm.data.auto_augment import AugmentOp, rand_augment_transform
 from timm.data.auto_augment import RandAugment as TimmsRandAugment
 from timm.data.transforms_factory import create_transform
 
-from headrace.pipelines.recipe import RAND_AUGMENT_OPERATIONS, RandAugment
+from headrace.pipelines.ops import RAND_AUGMENT_OPERATIONS, RandAugment
 from tests.draws import Sample, assert_same_distribution, chi_square, columns, seeded
 
 BENDING = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")

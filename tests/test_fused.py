@@ -21,8 +21,7 @@ from headrace.pipelines.engines.device_stage import device_stage, normalize
 from headrace.pipelines.engines.fused.color import turn_hue
 from headrace.pipelines.engines.fused.engine import BATCHES_IN_FLIGHT, FusedEngine
 from headrace.pipelines.engines.fused.program import Layout, lower
-from headrace.pipelines.recipe import (
-    Augmentation,
+from headrace.pipelines.ops import (
     CenterCrop,
     ColorJitter,
     Flip,
@@ -33,10 +32,10 @@ from headrace.pipelines.recipe import (
     RandomResizedCrop,
     Resize,
     Solarize,
-    View,
     centered_offset,
     resized_shape,
 )
+from headrace.pipelines.recipe import Augmentation, View
 from headrace.shards.store import open_store
 from tests.fused_cases import (
     RESAMPLED_LEVELS,

@@ -16,10 +16,8 @@ from headrace.pipelines.draw import draw
 from headrace.pipelines.engines import Work
 from headrace.pipelines.engines.fused.program import Layout, lower
 from headrace.pipelines.engines.fused.render import mix, render
-from headrace.pipelines.plan import ViewPlan
-from headrace.pipelines.recipe import (
+from headrace.pipelines.ops import (
     RAND_AUGMENT_OPERATIONS,
-    Augmentation,
     CenterCrop,
     ColorJitter,
     Flip,
@@ -30,13 +28,13 @@ from headrace.pipelines.recipe import (
     RandAugment,
     RandAugmentOperation,
     RandomCrop,
-    RandomErasing,
     RandomResizedCrop,
     Resize,
     Solarize,
-    View,
     resized_shape,
 )
+from headrace.pipelines.plan import ViewPlan
+from headrace.pipelines.recipe import Augmentation, RandomErasing, View
 from tests.fused_cases import (
     RESAMPLED_LEVELS,
     SAME_ROUNDING,

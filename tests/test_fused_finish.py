@@ -20,16 +20,9 @@ from headrace.pipelines.counters import PlanError
 from headrace.pipelines.engines import SampleError, Work
 from headrace.pipelines.engines.device_stage import device_stage
 from headrace.pipelines.engines.fused.engine import FusedEngine
+from headrace.pipelines.ops import CenterCrop, Flip, RandomResizedCrop
 from headrace.pipelines.plan import Plan
-from headrace.pipelines.recipe import (
-    Augmentation,
-    CenterCrop,
-    Flip,
-    Mix,
-    RandomErasing,
-    RandomResizedCrop,
-    View,
-)
+from headrace.pipelines.recipe import Augmentation, Mix, RandomErasing, View
 from headrace.shards.dataset import write_dataset
 from headrace.shards.index import Record
 from headrace.shards.manifest import ClassName, Format

@@ -21,25 +21,22 @@ from headrace.pipelines.approximation import APPROXIMATIONS
 from headrace.pipelines.batch import Batch, Erased, Mixed
 from headrace.pipelines.engines.device_stage import device_stage
 from headrace.pipelines.loader import open_loader
-from headrace.pipelines.recipe import (
+from headrace.pipelines.masks import BlockMask
+from headrace.pipelines.ops import (
     RAND_AUGMENT_OPERATIONS,
-    Augmentation,
-    BlockMask,
     CenterCrop,
     ColorJitter,
     Flip,
     GaussianBlur,
     Grayscale,
-    Mix,
     RandAugment,
     RandomCrop,
-    RandomErasing,
     RandomResizedCrop,
     Resize,
     Solarize,
-    View,
     ViewOp,
 )
+from headrace.pipelines.recipe import Augmentation, Mix, RandomErasing, View
 from headrace.shards.store import Store, open_store
 from tests.dali_cases import (
     CPU,

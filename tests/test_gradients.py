@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from headrace.pipelines.batch import Batch, Mixed, concatenate
-from headrace.pipelines.recipe import Augmentation, CenterCrop, View
+from headrace.pipelines.ops import CenterCrop
+from headrace.pipelines.recipe import Augmentation, View
 from headrace.training.blocks.memory import Queue, RowMemory
 from headrace.training.gradients import backward, gradient_of
 from headrace.training.guard import Guard, Signals

@@ -22,8 +22,10 @@ from PIL import Image
 
 from headrace.pipelines import engines, open_loader, recipes
 from headrace.pipelines.batch import Batch
+from headrace.pipelines.differences import differences
+from headrace.pipelines.engines import choice
 from headrace.pipelines.engines.device_stage import normalize
-from headrace.pipelines.loader import Loader, LoaderError, differences
+from headrace.pipelines.loader import Loader, LoaderError
 from headrace.pipelines.plan import Plan
 from headrace.pipelines.recipe import Augmentation
 from headrace.pipelines.stream import Place
@@ -647,7 +649,7 @@ def test_refused_when_built_without_samples_device_or_engine(
             opened(store, device="cuda")
     with pytest.raises(engines.Unsupported, match="no engine has this name"):
         opened(store, engine="fast")
-    monkeypatch.setattr(engines, "unsupported", lambda *_: ["GaussianBlur: not here"])
+    monkeypatch.setattr(choice, "unsupported", lambda *_: ["GaussianBlur: not here"])
     with pytest.raises(engines.Unsupported, match="GaussianBlur: not here"):
         opened(store)
 

@@ -16,8 +16,9 @@ from headrace.pipelines.batch import Batch
 from headrace.pipelines.counters import OCCURRENCE_LIMIT
 from headrace.pipelines.draw import draw
 from headrace.pipelines.loader import Loader, LoaderError
+from headrace.pipelines.ops import Flip, RandomResizedCrop
 from headrace.pipelines.order import Order, OrderError, Part
-from headrace.pipelines.recipe import Augmentation, Draw, Flip, Integers, RandomResizedCrop, View
+from headrace.pipelines.recipe import Augmentation, Draw, Integers, View
 from headrace.pipelines.table import make_table
 
 SAMPLES, BATCH = 30, 8

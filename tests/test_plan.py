@@ -14,20 +14,19 @@ from headrace.pipelines import draw as draw_module
 from headrace.pipelines import plan as plan_module
 from headrace.pipelines.counters import PlanError
 from headrace.pipelines.draw import draw
-from headrace.pipelines.plan import Plan
-from headrace.pipelines.recipe import (
-    Augmentation,
+from headrace.pipelines.masks import RandomMask
+from headrace.pipelines.ops import (
     CenterCrop,
     ColorJitter,
     Flip,
     GaussianBlur,
     Grayscale,
-    RandomMask,
     RandomResizedCrop,
     Resize,
     Solarize,
-    View,
 )
+from headrace.pipelines.plan import Plan
+from headrace.pipelines.recipe import Augmentation, View
 from tests.draws import EVERY_MIX, EVERY_VIEW, GROUP
 
 GOLDEN = Path(__file__).parent / "golden"

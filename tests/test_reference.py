@@ -18,7 +18,7 @@ from torchvision.transforms import functional as F
 
 from headrace.pipelines import engines, recipes
 from headrace.pipelines.draw import draw
-from headrace.pipelines.engines import Engine, SampleError, Work
+from headrace.pipelines.engines import Engine, SampleError, Work, choice
 from headrace.pipelines.engines.device_stage import device_stage
 from headrace.pipelines.engines.reference import (
     BATCHES_IN_FLIGHT,
@@ -27,27 +27,24 @@ from headrace.pipelines.engines.reference import (
     decode,
     gaussian_blur,
 )
-from headrace.pipelines.recipe import (
-    Augmentation,
+from headrace.pipelines.ops import (
     CenterCrop,
     ColorJitter,
     Flip,
     GaussianBlur,
     Grayscale,
     Interpolation,
-    Mix,
     OneOf,
     Op,
     RandAugment,
     RandomCrop,
-    RandomErasing,
     RandomResizedCrop,
     Resize,
     Solarize,
-    View,
     centered_offset,
     resized_shape,
 )
+from headrace.pipelines.recipe import Augmentation, Mix, RandomErasing, View
 
 
 def photo_like(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -584,7 +581,7 @@ def test_auto_takes_the_first_that_can_and_reports_what_the_others_lack(
 ) -> None:
     recipe = recipes.dino(32, 16, 2)
     lacking = {"dali": ["GaussianBlur: no"], "fused": ["Grayscale: no"], "reference": []}
-    monkeypatch.setattr(engines, "unsupported", lambda name, *_: lacking[name])
+    monkeypatch.setattr(choice, "unsupported", lambda name, *_: lacking[name])
     assert engines.choose("auto", recipe, "cuda") == "reference"
     with pytest.raises(engines.Unsupported, match=r"the dali engine cannot .* GaussianBlur: no"):
         engines.choose("dali", recipe, "cuda")

@@ -14,14 +14,13 @@ from timm.data import auto_augment
 from headrace.pipelines.draw import draw
 from headrace.pipelines.engines.reference import apply_op
 from headrace.pipelines.engines.reference_augment import apply_operation
-from headrace.pipelines.recipe import (
+from headrace.pipelines.ops import (
     RAND_AUGMENT_OPERATIONS,
-    Augmentation,
     CenterCrop,
     RandAugment,
     RandAugmentOperation,
-    View,
 )
+from headrace.pipelines.recipe import Augmentation, View
 
 timm_data: Any = auto_augment
 

@@ -12,7 +12,7 @@ from PIL import Image
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch, Erased, Mixed
 from headrace.pipelines.engines.device_stage import device_stage, normalize
-from headrace.pipelines.recipe import BlockMask, MultiBlockMask, RandomMask
+from headrace.pipelines.masks import BlockMask, MultiBlockMask, RandomMask
 from headrace.tools import view_pictures
 from headrace.training.preset import method_names
 

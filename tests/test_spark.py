@@ -14,7 +14,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headrace.pipelines.recipe import BlockMask, RandomMask
+from headrace.pipelines.masks import BlockMask, RandomMask
 from headrace.training.backbones import EncoderFactory
 from headrace.training.blocks.norm import GlobalBatchNorm
 from headrace.training.blocks.sparse import VisibleCells, sparse

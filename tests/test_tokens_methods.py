@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.recipe import BlockMask, MultiBlockMask, RandomMask
+from headrace.pipelines.masks import BlockMask, MultiBlockMask, RandomMask
 from headrace.training.backbones import EncoderFactory
 from headrace.training.blocks.dino_head import DinoHead
 from headrace.training.blocks.drop_path import KeyedDropPath

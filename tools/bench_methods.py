@@ -24,8 +24,8 @@ from typing import NoReturn
 
 import numpy as np
 
-from headrace.pipelines.loader import usable_cores
 from headrace.shards.atomic import atomic_file
+from headrace.shards.cores import usable_cores
 from headrace.shards.index import ShardError
 from headrace.shards.store import dataset_splits
 from headrace.tools.bench.methods.job import (

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from headrace.shards.atomic import atomic_file
+from headrace.shards.cores import usable_cores
 from headrace.shards.index import ShardError
 from headrace.shards.store import dataset_splits, open_store
-from headrace.shards.workers import usable_cores
 from headrace.tools.bench.pipeline.data import DataError, describe, make_forms, whole_batches
 from headrace.tools.bench.pipeline.measure import Progress, Rounds, measure, say
 from headrace.tools.bench.pipeline.plot import draw

@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from headrace.pipelines.loader import usable_cores
 from headrace.shards.atomic import atomic_file
+from headrace.shards.cores import usable_cores
 from headrace.shards.errors import UserError
 from headrace.shards.store import open_store
 from headrace.tools.bench.proc import processor

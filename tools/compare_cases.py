@@ -9,27 +9,23 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from headrace.pipelines import recipes
-from headrace.pipelines.recipe import (
-    IMAGENET_STD,
+from headrace.pipelines.ops import (
     RAND_AUGMENT_OPERATIONS,
-    Augmentation,
     CenterCrop,
     ColorJitter,
     Flip,
     GaussianBlur,
     Grayscale,
     Interpolation,
-    Mix,
     RandAugment,
     RandAugmentOperation,
     RandomCrop,
-    RandomErasing,
     RandomResizedCrop,
     Resize,
     Solarize,
-    View,
     ViewOp,
 )
+from headrace.pipelines.recipe import IMAGENET_STD, Augmentation, Mix, RandomErasing, View
 
 PIXELS = 224
 

@@ -12,7 +12,6 @@ measured with it, and the row says so; an approximation is not held to the limit
 import argparse
 import itertools
 import json
-import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,7 +35,9 @@ from headrace.pipelines.draw import draw
 from headrace.pipelines.engines import EngineName, Work
 from headrace.pipelines.engines.device_stage import device_stage
 from headrace.pipelines.engines.reference import decode
-from headrace.pipelines.recipe import Augmentation, RecipeError, resized_shape
+from headrace.pipelines.ops import RecipeError, resized_shape
+from headrace.pipelines.recipe import Augmentation
+from headrace.shards.cores import usable_cores
 from headrace.shards.index import ShardError
 from headrace.shards.store import Store
 from headrace.tools.bench.proc import processor
@@ -331,7 +332,7 @@ def _context(store: Store, options: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "processor": processor(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": usable_cores(),
             "system": platform.platform(),
         },
         "versions": dict(sorted(versions.items())),

@@ -32,11 +32,11 @@ from tqdm import tqdm
 
 from headrace.shards.atomic import atomic_file
 from headrace.shards.component import ComponentWriter, begin_component, component_directory
+from headrace.shards.cores import usable_cores
 from headrace.shards.index import ShardError, read_index
 from headrace.shards.manifest import Manifest
 from headrace.shards.parts import Note
 from headrace.shards.store import Store, open_store
-from headrace.shards.workers import usable_cores
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
 from headrace.tools.masks.measures import MEASURES, consensus, measured
 from headrace.tools.masks.network import MULTIPLE, SaliencyNetwork, new_network, predict, train

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from headrace.shards.convert import REPORT_FILE, Conversion, ConvertOptions, convert
+from headrace.shards.cores import usable_cores
 from headrace.shards.encode import EncodeOptions
 from headrace.shards.index import ShardError
 from headrace.shards.manifest import Format
 from headrace.shards.sources import list_source
 from headrace.shards.sources.samples import SourceSplit, estimate_bytes
-from headrace.shards.workers import open_executor, usable_cores
+from headrace.shards.workers import open_executor
 from headrace.training.invocation import as_typed
 
 DESCRIPTION = """\

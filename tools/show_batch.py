@@ -25,15 +25,9 @@ from headrace.pipelines.batch import Batch
 from headrace.pipelines.engines import Unsupported
 from headrace.pipelines.engines.reference import decode
 from headrace.pipelines.loader import LoaderError, open_loader
-from headrace.pipelines.recipe import (
-    Augmentation,
-    BlockMask,
-    Mask,
-    MultiBlockMask,
-    RandomMask,
-    RecipeError,
-    View,
-)
+from headrace.pipelines.masks import BlockMask, Mask, MultiBlockMask, RandomMask
+from headrace.pipelines.ops import RecipeError
+from headrace.pipelines.recipe import Augmentation, View
 from headrace.shards.atomic import atomic_file
 from headrace.shards.index import ShardError
 from headrace.shards.store import Store

@@ -25,7 +25,7 @@ from torch import Tensor
 from headrace.pipelines.batch import Batch
 from headrace.pipelines.engines import Unsupported
 from headrace.pipelines.loader import LoaderError, open_loader
-from headrace.pipelines.recipe import BlockMask, RandomMask
+from headrace.pipelines.masks import BlockMask, RandomMask
 from headrace.shards.atomic import atomic_file
 from headrace.shards.index import ShardError
 from headrace.shards.store import Store

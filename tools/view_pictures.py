@@ -7,7 +7,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from headrace.pipelines.recipe import Augmentation, Mask
+from headrace.pipelines.masks import Mask
+from headrace.pipelines.recipe import Augmentation
 
 LEAST_CELL_PIXELS = 144
 MASK_GREY = 150

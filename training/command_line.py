@@ -18,15 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
-from headrace.pipelines.recipe import (
-    Augmentation,
-    Mix,
-    OneOf,
-    RandomErasing,
-    RecipeError,
-    View,
-    ViewOp,
-)
+from headrace.pipelines.ops import OneOf, RecipeError, ViewOp
+from headrace.pipelines.recipe import Augmentation, Mix, RandomErasing, View
 from headrace.training.config import Config, Data, Run, approximations, check
 from headrace.training.invocation import as_typed
 from headrace.training.preset import (

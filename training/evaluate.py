@@ -24,8 +24,8 @@ from torch import nn
 
 from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.engines import choose
-from headrace.pipelines.loader import threads_per_rank, usable_cores
 from headrace.shards.atomic import atomic_file
+from headrace.shards.cores import threads_per_rank, usable_cores
 from headrace.shards.store import Store, dataset_splits, find_dataset
 from headrace.training.config import approximations
 from headrace.training.ending import run_and_exit

@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.pipelines.loader import Loader, open_loader, threads_per_rank, usable_cores
+from headrace.pipelines.loader import Loader, open_loader
+from headrace.shards.cores import threads_per_rank, usable_cores
 from headrace.shards.store import SPLITS, Store, dataset_splits, find_dataset, open_store
 from headrace.training.config import Config, approximations
 from headrace.training.features import FeaturePass

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.recipe import IMAGENET_MEAN, IMAGENET_STD, Mask
+from headrace.pipelines.masks import Mask
+from headrace.pipelines.recipe import IMAGENET_MEAN, IMAGENET_STD
 
 
 class MakeEncoder(Protocol):

@@ -20,13 +20,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import InterpolationMode, functional
+from typing_extensions import override
 
 from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.engines import SampleError, Work
+from headrace.pipelines.engines.contract import EngineKind, SampleError, Work
 from headrace.pipelines.engines.reference_augment import rand_augment
-from headrace.pipelines.recipe import (
-    Augmentation,
+from headrace.pipelines.ops import (
     CenterCrop,
     ColorJitter,
     Flip,
@@ -41,6 +41,7 @@ from headrace.pipelines.recipe import (
     Solarize,
     resized_shape,
 )
+from headrace.pipelines.recipe import Augmentation
 
 F: Any = functional  # it takes Pillow pictures and gives them back; its annotations say Tensor
 
@@ -261,27 +262,34 @@ class ReferenceEngine:
         )
 
 
-def unsupported(
-    augmentation: Augmentation,  # noqa: ARG001  same signature as the other engines'
-    device: torch.device,  # noqa: ARG001
-    approximate: Collection[Approximation],  # noqa: ARG001
-) -> list[str]:
-    """Nothing: this engine defines the ops. The loader moves its batches to any device."""
-    return []
+class Reference(EngineKind):
+    """The reference engine before it is opened. The loader moves its batches to any device."""
 
+    @override
+    def unsupported(
+        self,
+        augmentation: Augmentation,
+        device: torch.device,
+        approximate: Collection[Approximation],
+    ) -> list[str]:
+        """Nothing: this engine defines the ops."""
+        return []
 
-def finishes(augmentation: Augmentation, device: torch.device, dtype: torch.dtype) -> bool:  # noqa: ARG001
-    """No: `device_stage` defines what finished is."""
-    return False
+    @override
+    def finishes(
+        self, augmentation: Augmentation, device: torch.device, dtype: torch.dtype
+    ) -> bool:
+        """No: `device_stage` defines what finished is."""
+        return False
 
-
-def open_engine(
-    augmentation: Augmentation,
-    *,
-    device: torch.device,  # noqa: ARG001  same signature as the other engines'
-    threads: int,
-    finished: torch.dtype | None = None,  # noqa: ARG001  never asked for: see `finishes`
-    approximate: Collection[Approximation] = (),  # noqa: ARG001  it makes none
-) -> ReferenceEngine:
-    """A reference engine with `threads` threads of its own."""
-    return ReferenceEngine(augmentation, threads)
+    @override
+    def open(
+        self,
+        augmentation: Augmentation,
+        *,
+        device: torch.device,
+        threads: int,
+        finished: torch.dtype | None = None,
+        approximate: Collection[Approximation] = (),
+    ) -> ReferenceEngine:
+        return ReferenceEngine(augmentation, threads)

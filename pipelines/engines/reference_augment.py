@@ -10,7 +10,7 @@ from typing import assert_never
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
-from headrace.pipelines.recipe import RAND_AUGMENT_OPERATIONS, RandAugment, RandAugmentOperation
+from headrace.pipelines.ops import RAND_AUGMENT_OPERATIONS, RandAugment, RandAugmentOperation
 
 _SOLARIZE_ADD_BELOW = 128
 

@@ -8,10 +8,11 @@ training alone; what the same run loses with another engine is what the input co
 from collections.abc import Collection, Iterator
 
 import torch
+from typing_extensions import override
 
 from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.engines import Work
+from headrace.pipelines.engines.contract import EngineKind, Work
 from headrace.pipelines.engines.device_stage import normalize
 from headrace.pipelines.recipe import Augmentation
 
@@ -29,7 +30,7 @@ class SyntheticEngine:
         ]
         if finished is not None:
             mean, std = augmentation.mean, augmentation.std
-            self._samples = [normalize(one, mean, std, finished) for one in self._samples]
+            self._samples = [normalize(sample, mean, std, finished) for sample in self._samples]
 
     def run(self, work: Iterator[Work]) -> Iterator[Batch]:
         for item in work:
@@ -50,27 +51,35 @@ def _repeated(sample: torch.Tensor, count: int) -> torch.Tensor:
     return sample.permute(0, 2, 3, 1).repeat(count, 1, 1, 1).permute(0, 3, 1, 2)
 
 
-def unsupported(
-    augmentation: Augmentation,  # noqa: ARG001  same signature as the other engines'
-    device: torch.device,  # noqa: ARG001
-    approximate: Collection[Approximation],  # noqa: ARG001
-) -> list[str]:
-    """Nothing: no op is executed."""
-    return []
+class Synthetic(EngineKind):
+    """The synthetic engine before it is opened. The loader moves its batches to any device."""
 
+    @override
+    def unsupported(
+        self,
+        augmentation: Augmentation,
+        device: torch.device,
+        approximate: Collection[Approximation],
+    ) -> list[str]:
+        """Nothing: no op is executed."""
+        return []
 
-def finishes(augmentation: Augmentation, device: torch.device, dtype: torch.dtype) -> bool:  # noqa: ARG001
-    """On a CPU, where a pass over the batch would cost more than `fused` needs to write floats."""
-    return device.type == "cpu" and dtype == torch.float32
+    @override
+    def finishes(
+        self, augmentation: Augmentation, device: torch.device, dtype: torch.dtype
+    ) -> bool:
+        """On a CPU, where a pass over the batch would cost more than `fused` needs for floats."""
+        return device.type == "cpu" and dtype == torch.float32
 
-
-def open_engine(
-    augmentation: Augmentation,
-    *,
-    device: torch.device,  # noqa: ARG001  same signature as the other engines'
-    threads: int,  # noqa: ARG001
-    finished: torch.dtype | None = None,
-    approximate: Collection[Approximation] = (),  # noqa: ARG001  it makes none
-) -> SyntheticEngine:
-    """A synthetic engine for the recipe's views; finished ones are normalised, and no more."""
-    return SyntheticEngine(augmentation, finished)
+    @override
+    def open(
+        self,
+        augmentation: Augmentation,
+        *,
+        device: torch.device,
+        threads: int,
+        finished: torch.dtype | None = None,
+        approximate: Collection[Approximation] = (),
+    ) -> SyntheticEngine:
+        """Finished views are normalised, and no more."""
+        return SyntheticEngine(augmentation, finished)

@@ -8,7 +8,8 @@ from the paper or its code stands in the `deviations` of what is returned and no
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from headrace.pipelines.recipe import Augmentation, RecipeError
+from headrace.pipelines.ops import RecipeError
+from headrace.pipelines.recipe import Augmentation
 from headrace.pipelines.recipes.contrastive import (
     byol,
     dino,
@@ -29,34 +30,6 @@ from headrace.pipelines.recipes.pretext import (
     rotation,
 )
 from headrace.pipelines.recipes.supervised import center, deit, deit3, supervised
-
-__all__ = [
-    "NAMED",
-    "byol",
-    "center",
-    "colorization",
-    "context_encoder",
-    "cpc",
-    "deit",
-    "deit3",
-    "dino",
-    "dino_resnet",
-    "dinov2",
-    "ibot",
-    "ijepa",
-    "jigsaw",
-    "mae",
-    "moco_v1",
-    "moco_v2",
-    "moco_v3",
-    "named",
-    "relative",
-    "rotation",
-    "simclr",
-    "spark",
-    "supervised",
-    "swav",
-]
 
 # In the order in which a list of them is best read.
 NAMED: dict[str, Callable[[], Augmentation]] = {

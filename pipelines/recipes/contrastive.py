@@ -1,18 +1,16 @@
 """Recipes of methods that compare several views of a picture; see `recipes`."""
 
-from headrace.pipelines.recipe import (
-    IMAGENET_MEAN,
-    Augmentation,
+from headrace.pipelines.masks import Mask
+from headrace.pipelines.ops import (
     ColorJitter,
     Flip,
     GaussianBlur,
     Grayscale,
-    Mask,
     RandomResizedCrop,
     Solarize,
-    View,
     ViewOp,
 )
+from headrace.pipelines.recipe import IMAGENET_MEAN, Augmentation, View
 
 # Measured on 44 photographs of 224 x 224 pixels; a test holds it.
 PILLOW_BLUR = (

@@ -1,14 +1,8 @@
 """Recipes of masked image modelling and of self-distillation with masks; see `recipes`."""
 
-from headrace.pipelines.recipe import (
-    Augmentation,
-    BlockMask,
-    Flip,
-    MultiBlockMask,
-    RandomMask,
-    RandomResizedCrop,
-    View,
-)
+from headrace.pipelines.masks import BlockMask, MultiBlockMask, RandomMask
+from headrace.pipelines.ops import Flip, RandomResizedCrop
+from headrace.pipelines.recipe import Augmentation, View
 from headrace.pipelines.recipes.contrastive import NO_BLUR, PILLOW_BLUR, dino_views
 
 

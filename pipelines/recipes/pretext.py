@@ -5,18 +5,15 @@ hiding a hole, dropping colours), so it stands in its recipe's docstring and hap
 on the finished view; which turn, tile or place it takes is drawn here, as a `Draw`. See `recipes`.
 """
 
-from headrace.pipelines.recipe import (
-    Augmentation,
+from headrace.pipelines.ops import (
     ColorJitter,
-    Draw,
     Flip,
     Grayscale,
-    Integers,
     RandomCrop,
     RandomResizedCrop,
     Resize,
-    View,
 )
+from headrace.pipelines.recipe import Augmentation, Draw, Integers, View
 
 # Places of the 3 x 3 tiles that jigsaw and relative patches cut, row by row.
 _TILES = 9

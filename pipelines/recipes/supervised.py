@@ -1,26 +1,28 @@
 """Recipes of classifiers, and the view that every encoder is judged by; see `recipes`."""
 
-from headrace.pipelines.recipe import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Augmentation,
+from headrace.pipelines.ops import (
     CenterCrop,
     ColorJitter,
     Flip,
     GaussianBlur,
     Grayscale,
     Interpolation,
-    Mix,
     OneOf,
     RandAugment,
     RandomCrop,
-    RandomErasing,
     RandomResizedCrop,
     RecipeError,
     Resize,
     Solarize,
-    View,
     ViewOp,
+)
+from headrace.pipelines.recipe import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Augmentation,
+    Mix,
+    RandomErasing,
+    View,
 )
 from headrace.pipelines.recipes.contrastive import PILLOW_BLUR
 

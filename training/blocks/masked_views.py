@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.recipe import Mask
+from headrace.pipelines.masks import Mask
 from headrace.training.blocks.drop_path import set_keys
 from headrace.training.blocks.tokens import (
     embed_patches,

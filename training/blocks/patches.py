@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from headrace.pipelines.recipe import RandomMask
+from headrace.pipelines.masks import RandomMask
 from headrace.training.method import Facts
 from headrace.training.preset import ConfigError
 

@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from headrace.pipelines.recipe import BlockMask, Mask, MultiBlockMask, RandomMask
+from headrace.pipelines.masks import BlockMask, Mask, MultiBlockMask, RandomMask
 from headrace.training.method import MakeEncoder
 from headrace.training.preset import ConfigError
 

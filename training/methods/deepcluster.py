@@ -24,14 +24,8 @@ from torch.nn import functional as F
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.recipe import (
-    Augmentation,
-    ColorJitter,
-    Flip,
-    Grayscale,
-    RandomResizedCrop,
-    View,
-)
+from headrace.pipelines.ops import ColorJitter, Flip, Grayscale, RandomResizedCrop
+from headrace.pipelines.recipe import Augmentation, View
 from headrace.training.blocks.heads import feature_dim
 from headrace.training.blocks.kmeans import kmeans, table_by_id, whiten, whole_share
 from headrace.training.blocks.memory import RowMemory

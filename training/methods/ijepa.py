@@ -27,8 +27,7 @@ from torch.nn import functional as F
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.masks import block_size
-from headrace.pipelines.recipe import MultiBlockMask
+from headrace.pipelines.masks import MultiBlockMask, block_size
 from headrace.training.blocks.positions import fix_positions, sine_cosine
 from headrace.training.blocks.teacher import follow, start_equal
 from headrace.training.blocks.tokens import (

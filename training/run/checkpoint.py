@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-from headrace.pipelines.loader import differences
+from headrace.pipelines.differences import differences
 from headrace.shards.atomic import PARTIAL_SUFFIX, atomic_file
 from headrace.shards.errors import UserError
 from headrace.training.backbones import export

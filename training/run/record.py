@@ -18,7 +18,8 @@ from torch import nn
 
 from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.declaration import augmentation_from
-from headrace.pipelines.recipe import Augmentation, RecipeError
+from headrace.pipelines.ops import RecipeError
+from headrace.pipelines.recipe import Augmentation
 from headrace.shards.store import Store
 from headrace.training.backbones import ENCODER_FILE, read_initial
 from headrace.training.build import build_method

@@ -12,7 +12,7 @@ from nvidia.dali.data_node import DataNode
 
 from headrace.pipelines.engines.dali.columns import LUMA, linear_slots
 from headrace.pipelines.engines.dali.nodes import FLOAT, TRUNCATE, UINT8, Inputs, cast, level, one
-from headrace.pipelines.recipe import ColorJitter
+from headrace.pipelines.ops import ColorJitter
 
 
 def luma(pictures: DataNode) -> DataNode:

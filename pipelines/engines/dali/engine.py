@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali.pipeline import Pipeline
+from typing_extensions import override
 
 from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.engines import SampleError, Unsupported, Work
+from headrace.pipelines.engines.contract import EngineKind, SampleError, Unsupported, Work
+from headrace.pipelines.engines.dali.columns import AFFINE
 from headrace.pipelines.engines.dali.graph import (
     FINISHED,
     build_pipeline,
@@ -31,18 +33,18 @@ from headrace.pipelines.engines.dali.graph import (
     probing_pipeline,
 )
 from headrace.pipelines.engines.dali.nodes import Placement
-from headrace.pipelines.engines.dali.policy_columns import AFFINE
-from headrace.pipelines.recipe import Augmentation, RandAugment
+from headrace.pipelines.ops import RandAugment
+from headrace.pipelines.recipe import Augmentation
 
 BATCHES_IN_FLIGHT = 2
 
 
 def _complaint(error: RuntimeError) -> str:
     """The line of DALI's long message that says what went wrong."""
-    said = str(error).partition("encountered:")[2] or str(error)
-    lines = [line.strip() for line in said.splitlines()]
-    found = next((line for line in lines if line and "pipeline" not in line), "no reason given")
-    return found.rstrip(" :")
+    message = str(error).partition("encountered:")[2] or str(error)
+    lines = [line.strip() for line in message.splitlines()]
+    reason = next((line for line in lines if line and "pipeline" not in line), "no reason given")
+    return reason.rstrip(" :")
 
 
 class DaliEngine:
@@ -128,13 +130,13 @@ class DaliEngine:
         work = in_flight[0]
         stream = torch.cuda.current_stream(self._device) if self._placement == "gpu" else None
         try:
-            *made, shapes = pipeline.share_outputs(cuda_stream=stream)
+            *outputs, shapes = pipeline.share_outputs(cuda_stream=stream)
         except RuntimeError as error:
             raise self._diagnosis(work, error) from None
         sizes = np.asarray(shapes.as_tensor())[:, :2]
         for row in np.flatnonzero((sizes != work.plan.sizes).any(axis=1)):
             raise _wrong_size(work, int(row), sizes[row])
-        tensors = [torch.from_dlpack(output.as_tensor()) for output in made]
+        tensors = [torch.from_dlpack(output.as_tensor()) for output in outputs]
         declared = self._augmentation.views
         views = tuple(
             self._owned(stack[:, picture]).permute(0, 3, 1, 2)
@@ -167,8 +169,10 @@ class DaliEngine:
             try:
                 (shapes,) = probe.run()
             except RuntimeError as refusal:
-                said = _complaint(refusal).replace(" sample #0", "")  # the probe's own counting
-                reason = f"DALI refuses it ({said})"
+                complaint = _complaint(refusal).replace(
+                    " sample #0", ""
+                )  # the probe's own counting
+                reason = f"DALI refuses it ({complaint})"
                 return SampleError(int(work.plan.ids[row]), reason)
             size = np.asarray(shapes.as_tensor())[0, :2]
             if (size != work.plan.sizes[row]).any():
@@ -213,22 +217,6 @@ class _UpTo(Iterator[Work]):
         raise StopIteration
 
 
-def unsupported(
-    augmentation: Augmentation, device: torch.device, approximate: Collection[Approximation]
-) -> list[str]:
-    """Why DALI cannot run the recipe for `device`: what it has no operator for, within the
-    tolerances of the tests, and what nobody asked to approximate."""
-    if device.type not in ("cpu", "cuda"):
-        return [f"DALI knows CPUs and CUDA devices, not {device}"]
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return [f"torch finds no CUDA device, and {device} was asked for"]
-    return [
-        f"{_LACKING[name]}; --data.approximate {name} takes it as it is"
-        for name in _approximations(augmentation)
-        if name not in approximate
-    ]
-
-
 _LACKING: dict[Approximation, str] = {
     "affine-bilinear": "RandAugment turns, shears and shifts bicubically, DALI only bilinearly",
     "equalize-opencv": "RandAugment's Equalize is Pillow's, DALI has OpenCV's",
@@ -237,38 +225,63 @@ _LACKING: dict[Approximation, str] = {
 
 def _approximations(augmentation: Augmentation) -> tuple[Approximation, ...]:
     """What the recipe has that DALI can only approximate."""
-    policies = [op for view in augmentation.views for op in view.executed]
-    found: set[Approximation] = set()
-    for op in policies:
+    needed: set[Approximation] = set()
+    for op in (op for view in augmentation.views for op in view.executed):
         if isinstance(op, RandAugment):
             if op.interpolation != "bilinear" and AFFINE.intersection(op.operations):
-                found.add("affine-bilinear")
+                needed.add("affine-bilinear")
             if "Equalize" in op.operations:
-                found.add("equalize-opencv")
-    return tuple(sorted(found))
+                needed.add("equalize-opencv")
+    return tuple(sorted(needed))
 
 
-def finishes(augmentation: Augmentation, device: torch.device, dtype: torch.dtype) -> bool:
-    """Yes, but for what DALI has no type for, what a CPU is slow at (float16), and noise for every
-    pixel, which torch makes from keys."""
-    noise = any(
-        view.erase is not None and view.erase.fill == "pixel" for view in augmentation.views
-    )
-    types = FINISHED if device.type == "cuda" else (torch.float32,)
-    return dtype in types and not noise
+class Dali(EngineKind):
+    """The DALI engine before it is opened."""
 
+    @override
+    def unsupported(
+        self,
+        augmentation: Augmentation,
+        device: torch.device,
+        approximate: Collection[Approximation],
+    ) -> list[str]:
+        """What DALI has no operator for, within the tolerances of the tests, and what nobody asked
+        to approximate."""
+        if device.type not in ("cpu", "cuda"):
+            return [f"DALI knows CPUs and CUDA devices, not {device}"]
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return [f"torch finds no CUDA device, and {device} was asked for"]
+        return [
+            f"{_LACKING[name]}; --data.approximate {name} takes it as it is"
+            for name in _approximations(augmentation)
+            if name not in approximate
+        ]
 
-def open_engine(
-    augmentation: Augmentation,
-    *,
-    device: torch.device,
-    threads: int,
-    finished: torch.dtype | None = None,
-    approximate: Collection[Approximation] = (),
-) -> DaliEngine:
-    """A DALI engine on `device` with `threads` host threads of its own. Raises Unsupported."""
-    reasons = unsupported(augmentation, device, approximate)
-    if reasons:
-        raise Unsupported("; ".join(reasons), DaliEngine.name)
-    approximations = _approximations(augmentation)
-    return DaliEngine(augmentation, device, threads, finished, approximations)
+    @override
+    def finishes(
+        self, augmentation: Augmentation, device: torch.device, dtype: torch.dtype
+    ) -> bool:
+        """Yes, but for what DALI has no type for, what a CPU is slow at (float16), and noise for
+        every pixel, which torch makes from keys."""
+        noise = any(
+            view.erase is not None and view.erase.fill == "pixel" for view in augmentation.views
+        )
+        types = FINISHED if device.type == "cuda" else (torch.float32,)
+        return dtype in types and not noise
+
+    @override
+    def open(
+        self,
+        augmentation: Augmentation,
+        *,
+        device: torch.device,
+        threads: int,
+        finished: torch.dtype | None = None,
+        approximate: Collection[Approximation] = (),
+    ) -> DaliEngine:
+        """On `device`, with `threads` host threads of its own. Raises Unsupported."""
+        reasons = self.unsupported(augmentation, device, approximate)
+        if reasons:
+            raise Unsupported("; ".join(reasons), DaliEngine.name)
+        approximations = _approximations(augmentation)
+        return DaliEngine(augmentation, device, threads, finished, approximations)

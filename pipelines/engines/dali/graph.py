@@ -33,9 +33,7 @@ from headrace.pipelines.engines.dali.columns import (
 from headrace.pipelines.engines.dali.finish import finished_view
 from headrace.pipelines.engines.dali.nodes import Inputs, Placement, one
 from headrace.pipelines.engines.dali.policy import rand_augment
-from headrace.pipelines.plan import Plan
-from headrace.pipelines.recipe import (
-    Augmentation,
+from headrace.pipelines.ops import (
     CenterCrop,
     ColorJitter,
     Flip,
@@ -48,8 +46,9 @@ from headrace.pipelines.recipe import (
     RandomResizedCrop,
     Resize,
     Solarize,
-    View,
 )
+from headrace.pipelines.plan import Plan
+from headrace.pipelines.recipe import Augmentation, View
 
 _INTERPOLATION: dict[Interpolation, DALIInterpType] = {
     "bilinear": DALIInterpType.INTERP_LINEAR,

@@ -24,9 +24,9 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIInterpType
 
 from headrace.pipelines.engines.dali.color import luma, mean_level, solarize
+from headrace.pipelines.engines.dali.columns import AFFINE, INVERTING, LINEAR, layer_prefix
 from headrace.pipelines.engines.dali.nodes import FLOAT, TRUNCATE, UINT8, Inputs, cast, level, one
-from headrace.pipelines.engines.dali.policy_columns import AFFINE, INVERTING, LINEAR, layer_prefix
-from headrace.pipelines.recipe import RandAugment
+from headrace.pipelines.ops import RandAugment
 
 # Pillow's ImageFilter.SMOOTH, in thirteenths.
 _SMOOTH = [[1 / 13, 1 / 13, 1 / 13], [1 / 13, 5 / 13, 1 / 13], [1 / 13, 1 / 13, 1 / 13]]

@@ -22,10 +22,11 @@ import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from typing_extensions import override
 
 from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.engines import SampleError, Work, give_way
+from headrace.pipelines.engines.contract import EngineKind, SampleError, Work, give_way
 from headrace.pipelines.engines.fused.memory import Room, aligned, allocate, room
 from headrace.pipelines.engines.fused.program import Layout, lower
 from headrace.pipelines.engines.fused.render import Program, Scratch, mix, render
@@ -67,10 +68,10 @@ def _decode(encoded: NDArray[np.uint8], buffer: NDArray[np.uint8]) -> _Pixels:
                 return _Pixels(_read_only(buffer), 0, height, width)
         except ValueError:
             pass  # damaged, or of a rare kind: as below
-    elif (found := _PNM.match(start)) is not None:
-        width, height = int(found[1]), int(found[2])
-        if encoded.size - found.end() >= 3 * height * width:
-            return _Pixels(_read_only(encoded), found.end(), height, width)
+    elif (header := _PNM.match(start)) is not None:
+        width, height = int(header[1]), int(header[2])
+        if encoded.size - header.end() >= 3 * height * width:
+            return _Pixels(_read_only(encoded), header.end(), height, width)
     with Image.open(BytesIO(encoded.data)) as file:
         pixels = np.array(file.convert("RGB"))
     return _Pixels(_read_only(pixels.reshape(-1)), 0, *pixels.shape[:2])
@@ -265,12 +266,7 @@ class FusedEngine:
         need = room(self._layout, program, work.plan.sizes)
         give_way()
         samples = len(work.encoded)
-        job = _Job(
-            work,
-            program,
-            need,
-            self._memory.take(self._layout.starts(samples)[1]),
-        )
+        job = _Job(work, program, need, self._memory.take(self._layout.starts(samples)[1]))
         for row in job.rows():
             self._rows.put((job, row))
         return job
@@ -282,27 +278,34 @@ class FusedEngine:
         return job.work.batch(self._layout.views_of(job.target, len(job.work.encoded)))
 
 
-def unsupported(
-    augmentation: Augmentation,  # noqa: ARG001  same signature as the other engines'
-    device: torch.device,  # noqa: ARG001
-    approximate: Collection[Approximation],  # noqa: ARG001
-) -> list[str]:
-    """Nothing: it has all ops. The loader moves its batches to any device."""
-    return []
+class Fused(EngineKind):
+    """The fused engine before it is opened. The loader moves its batches to any device."""
 
+    @override
+    def unsupported(
+        self,
+        augmentation: Augmentation,
+        device: torch.device,
+        approximate: Collection[Approximation],
+    ) -> list[str]:
+        """Nothing: it has all ops."""
+        return []
 
-def finishes(augmentation: Augmentation, device: torch.device, dtype: torch.dtype) -> bool:  # noqa: ARG001
-    """On a CPU its last pass writes floats, erased and mixed: no other pass over the batch."""
-    return device.type == "cpu" and dtype == torch.float32
+    @override
+    def finishes(
+        self, augmentation: Augmentation, device: torch.device, dtype: torch.dtype
+    ) -> bool:
+        """On a CPU its last pass writes floats, erased and mixed: no other pass over the batch."""
+        return device.type == "cpu" and dtype == torch.float32
 
-
-def open_engine(
-    augmentation: Augmentation,
-    *,
-    device: torch.device,  # noqa: ARG001  same signature as the other engines'
-    threads: int,
-    finished: torch.dtype | None = None,
-    approximate: Collection[Approximation] = (),  # noqa: ARG001  it makes none
-) -> FusedEngine:
-    """A fused engine with `threads` threads of its own."""
-    return FusedEngine(augmentation, threads, finished=finished is not None)
+    @override
+    def open(
+        self,
+        augmentation: Augmentation,
+        *,
+        device: torch.device,
+        threads: int,
+        finished: torch.dtype | None = None,
+        approximate: Collection[Approximation] = (),
+    ) -> FusedEngine:
+        return FusedEngine(augmentation, threads, finished=finished is not None)

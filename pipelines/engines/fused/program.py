@@ -16,10 +16,8 @@ from headrace.pipelines.engines.fused.render import Program, Step
 from headrace.pipelines.engines.fused.simd import TILE
 from headrace.pipelines.geometry import centered_offsets, resized_sizes
 from headrace.pipelines.noise import half_normal_quantiles
-from headrace.pipelines.plan import Columns, Plan
-from headrace.pipelines.recipe import (
+from headrace.pipelines.ops import (
     RAND_AUGMENT_OPERATIONS,
-    Augmentation,
     CenterCrop,
     ColorJitter,
     Flip,
@@ -32,8 +30,9 @@ from headrace.pipelines.recipe import (
     RandomResizedCrop,
     Resize,
     Solarize,
-    View,
 )
+from headrace.pipelines.plan import Columns, Plan
+from headrace.pipelines.recipe import Augmentation, View
 
 _JITTER_STEPS = np.array([Step.BRIGHTNESS, Step.CONTRAST, Step.SATURATION, Step.HUE], np.uint8)
 _RAND_AUGMENT_STEPS: dict[RandAugmentOperation, Step] = {
@@ -287,6 +286,8 @@ def _geometry(
                 offset = centered_offsets(full, op.size)
             case RandomCrop():
                 offset = drawn["start"]
+            case Flip() | ColorJitter() | Grayscale() | GaussianBlur() | Solarize() | RandAugment():
+                break  # a view's geometry stands before all of these
             case _:
-                break
+                assert_never(op)
     return np.stack([start, length, full, offset], axis=2).reshape(-1, 8)

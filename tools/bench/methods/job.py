@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from headrace import training
-from headrace.pipelines.loader import usable_cores
 from headrace.shards.atomic import atomic_file
+from headrace.shards.cores import usable_cores
 from headrace.tools.bench.methods.process import Command, Job
 from headrace.tools.bench.methods.rows import PIXELS, Row
 from headrace.tools.bench.proc import processor

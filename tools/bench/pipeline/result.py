@@ -14,6 +14,7 @@ from importlib import metadata
 from statistics import median
 from typing import Any
 
+from headrace.shards.cores import usable_cores
 from headrace.tools.bench.pipeline.task import (
     DALI_READER,
     DECODE,
@@ -195,7 +196,7 @@ def context_of(data: dict[str, Any], rounds: int, seconds: float) -> dict[str, A
         "seconds_per_round": seconds,
         "machine": {
             "processor": processor(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": usable_cores(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "system": platform.platform(),
         },

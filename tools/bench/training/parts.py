@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from headrace.pipelines.recipe import Augmentation, RandomResizedCrop, View
+from headrace.pipelines.ops import RandomResizedCrop
+from headrace.pipelines.recipe import Augmentation, View
 from headrace.shards.manifest import MANIFEST_FILE
 from headrace.shards.store import Store
 from headrace.tools.bench.training.segment import device_of, fetched_bytes, settling_steps

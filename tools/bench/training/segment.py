@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from headrace import training
-from headrace.pipelines.loader import usable_cores
+from headrace.shards.cores import usable_cores
 from headrace.training.config import Config
 from headrace.training.run.checkpoint import METRICS_FILE
 
