@@ -15,7 +15,7 @@ from headrace.shards.cores import threads_per_rank
 from headrace.shards.store import Store, open_store
 from headrace.training import evaluate
 from headrace.training.command_line import parse_command_line
-from headrace.training.config import Config, approximations
+from headrace.training.config import Config, parse_approximations
 from headrace.training.inputs import feature_pass, open_training_loader
 from headrace.training.preset import ConfigError
 from headrace.training.world import World
@@ -88,8 +88,11 @@ def test_evaluation_takes_it_too_and_else_the_runs() -> None:
 
 
 def test_each_once_and_in_their_order() -> None:
-    assert approximations(["equalize-opencv", "affine-bilinear,equalize-opencv"]) == APPROXIMATIONS
-    assert approximations([]) == ()
+    assert (
+        parse_approximations(["equalize-opencv", "affine-bilinear,equalize-opencv"])
+        == APPROXIMATIONS
+    )
+    assert parse_approximations([]) == ()
 
 
 @pytest.mark.dali

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 from headrace.training import config as configuration
 from headrace.training import inputs as samples
 from headrace.training.command_line import parse_command_line
-from headrace.training.config import Config
+from headrace.training.config import Config, Data, Run
 from headrace.training.inputs import open_training_loader, read_subset
 from headrace.training.methods import dino, supervised
-from headrace.training.preset import ConfigError, method_names
+from headrace.training.preset import ConfigError, Optim, method_names
 from headrace.training.world import World
 
 
@@ -38,15 +39,15 @@ def refusal(line: str) -> str:
 
 def test_a_method_alone_is_its_whole_preset() -> None:
     config = parse("--method dino")
-    recipe = dino.PRESETS["cifar"]
+    preset = dino.PRESETS["cifar"]
     assert config.preset == "cifar"
-    assert config.backbone == recipe.backbone
-    assert config.optim == recipe.optim
-    assert config.objective == recipe.objective
-    assert config.augmentation == recipe.augmentation
-    assert config.test == recipe.test
-    assert config.data.batch_size == recipe.batch_size
-    assert config.run.epochs == recipe.epochs
+    assert config.backbone == preset.backbone
+    assert config.optim == preset.optim
+    assert config.objective == preset.objective
+    assert config.augmentation == preset.augmentation
+    assert config.test == preset.test
+    assert config.data.batch_size == preset.batch_size
+    assert config.run.epochs == preset.epochs
     assert config.run.steps is None
 
 
@@ -76,23 +77,23 @@ def test_every_kind_of_option_replaces_one_value() -> None:
         "--objective.out_dim 32 --augmentation.local.random-resized-crop.scale 0.2 0.3 "
         "--augmentation.local.count 2 --data.train some/where --run.out there --init other"
     )
-    recipe = dino.PRESETS["cifar"]
+    preset = dino.PRESETS["cifar"]
     assert config.data.batch_size == 64
     assert config.data.train == Path("some/where")
     assert config.run.steps == 7
     assert config.run.epochs is None
     assert config.run.seed == 3
     assert config.init == Path("other")
-    expected = replace(recipe.optim, learning_rate=0.5, scale_with_batch=False, betas=(0.8, 0.9))
+    expected = replace(preset.optim, learning_rate=0.5, scale_with_batch=False, betas=(0.8, 0.9))
     assert config.optim == expected
-    assert config.objective == replace(recipe.objective, out_dim=32)
+    assert config.objective == replace(preset.objective, out_dim=32)
     local = {view.name: view for view in config.augmentation.views}["local"]
     assert local.count == 2
     assert getattr(local.ops[0], "scale", None) == (0.2, 0.3)
-    assert config.augmentation.views[:2] == recipe.augmentation.views[:2]
+    assert config.augmentation.views[:2] == preset.augmentation.views[:2]
 
 
-def test_backbone_options_belong_to_the_recipes_backbone() -> None:
+def test_backbone_options_belong_to_the_presets_backbone() -> None:
     assert supervised.PRESETS["imagenet"].backbone_options
     line = "--method supervised --preset imagenet"
     assert parse(line).backbone_options == {"zero_init_last": False}
@@ -305,8 +306,20 @@ def test_a_subset_that_is_not_there_is_named(tmp_path: Path) -> None:
         read_subset(tmp_path / "none.txt", STORE)
 
 
-def test_finite_numbers_are_checked_for_what_they_are() -> None:
-    config = parse("--method dino")
-    broken = replace(config, optim=replace(config.optim, weight_decay=math.nan))
-    with pytest.raises(ConfigError, match="weight-decay is nan"):
-        configuration.check(broken)
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (
+            lambda: Optim(weight_decay=math.nan),
+            "--optim.weight-decay is nan; it must not be negative",
+        ),
+        (lambda: Data(batch_size=0), "--data.batch-size is 0; it must be at least 1"),
+        (lambda: Run(epochs=math.inf), "--run.epochs is inf; it must be above 0"),
+        (lambda: replace(Run(steps=1), epochs=1), "a run has one length"),
+    ],
+)
+def test_what_is_built_in_code_is_checked_as_the_command_line_is(
+    build: Callable[[], object], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        build()

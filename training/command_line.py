@@ -12,15 +12,16 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
+from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.ops import OneOf, RecipeError, ViewOp
 from headrace.pipelines.recipe import Augmentation, Mix, RandomErasing, View
-from headrace.training.config import Config, Data, Run, approximations, check
+from headrace.training.config import Config, Data, Run, parse_approximations
 from headrace.training.invocation import as_typed
 from headrace.training.preset import (
     SMALL_PIXELS,
@@ -67,25 +68,25 @@ def parse_command_line(
     def largest_side() -> int:
         return SMALL_PIXELS + 1 if known.help else largest_side_pixels(known.train)
 
-    preset, recipe = find_preset(module, known.preset, largest_side)
-    given = _parse_options(module, preset, recipe, arguments)
-    return _resolve(known.method, preset, recipe, given)
+    preset_name, preset = find_preset(module, known.preset, largest_side)
+    given = _parse_options(module, preset_name, preset, arguments)
+    return _resolve(known.method, preset_name, preset, given)
 
 
 def _parse_options(
-    module: ModuleType, preset: str, recipe: Preset, arguments: Sequence[str]
+    module: ModuleType, preset_name: str, preset: Preset, arguments: Sequence[str]
 ) -> Any:
-    """An instance of `_command_line_class`, the recipe's values where nothing is given."""
+    """An instance of `_command_line_class`, the preset's values where nothing is given."""
     import tyro
 
-    declared = _command_line_class(recipe)
-    _check_options(arguments, [recipe])
+    declared = _command_line_class(preset)
+    _check_options(arguments, [preset])
     summary = (module.__doc__ or "").strip()
-    said = io.StringIO()
+    complaint = io.StringIO()
     asked_for_help = "-h" in arguments or "--help" in arguments
-    description = f"{summary}\n\npreset {preset}: {recipe.notes}".rstrip(": ")
+    description = f"{summary}\n\npreset {preset_name}: {preset.notes}".rstrip(": ")
     try:
-        with nullcontext() if asked_for_help else redirect_stderr(said):
+        with nullcontext() if asked_for_help else redirect_stderr(complaint), _approximation_rule():
             return tyro.cli(
                 declared,
                 args=list(arguments),
@@ -95,13 +96,46 @@ def _parse_options(
     except SystemExit as error:
         if asked_for_help:
             raise
-        raise ConfigError(_first_sentence(said.getvalue())) from error
+        # A ConfigError names its option by itself; around others tyro says where they arose.
+        refusal = _config_error(error) or ConfigError(_first_sentence(complaint.getvalue()))
+        raise refusal from error
 
 
-def _check_options(arguments: Sequence[str], recipes: Iterable[Preset]) -> None:
-    """Raises ConfigError for an option that no recipe has: before anything is opened."""
+def _approximation_rule() -> AbstractContextManager[Any]:
+    """Within it tyro reads approximations as `parse_approximations` does, with commas or blanks."""
+    from tyro import constructors
+
+    registry = constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(
+        kind: constructors.PrimitiveTypeInfo,
+    ) -> constructors.PrimitiveConstructorSpec[tuple[Approximation, ...]] | None:
+        if kind.type != tuple[Approximation, ...]:
+            return None
+        return constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="NAMES",
+            instance_from_str=parse_approximations,
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda names: [*names],
+        )
+
+    return registry
+
+
+def _config_error(error: BaseException) -> ConfigError | None:
+    """The ConfigError during whose handling `error` was raised, if there is one."""
+    cause = error.__context__
+    while cause is not None and not isinstance(cause, ConfigError):
+        cause = cause.__context__
+    return cause
+
+
+def _check_options(arguments: Sequence[str], presets: Iterable[Preset]) -> None:
+    """Raises ConfigError for an option that no preset has: before anything is opened."""
     options = {
-        option for recipe in recipes for option in _option_names(_command_line_class(recipe))
+        option for preset in presets for option in _option_names(_command_line_class(preset))
     }
     for argument in arguments:
         given = argument.partition("=")[0]
@@ -110,30 +144,29 @@ def _check_options(arguments: Sequence[str], recipes: Iterable[Preset]) -> None:
             raise ConfigError(f"there is no option {given}{nearest(name, sorted(options))}")
 
 
-def _command_line_class(recipe: Preset) -> type:
-    """One dataclass of all options, with this recipe's values as defaults."""
-    run = Run()
-    data = Data(batch_size=recipe.batch_size, holdout=recipe.holdout)
+def _command_line_class(preset: Preset) -> type:
+    """One dataclass of all options, with this preset's values as defaults."""
+    data = Data(batch_size=preset.batch_size, holdout=preset.holdout)
     views = [
         (view.name, declared := _view_class(view), _default(declared()))
-        for view in recipe.augmentation.views
+        for view in preset.augmentation.views
     ]
-    whole: list[Any] = [("group", int, recipe.augmentation.group)]
-    if recipe.augmentation.mix is not None:
-        whole.append(("mix", Mix, _default(recipe.augmentation.mix)))
+    whole: list[Any] = [("group", int, preset.augmentation.group)]
+    if preset.augmentation.mix is not None:
+        whole.append(("mix", Mix, _default(preset.augmentation.mix)))
     augmentation = make_dataclass(
         "Augmentation", [*whole, *views], frozen=True, namespace=_doc("Views.")
     )
     fields: list[Any] = [
         ("method", str),
         ("preset", str, "auto"),
-        ("backbone", str, recipe.backbone),
+        ("backbone", str, preset.backbone),
         ("backbone_options", tuple[str, ...], ()),
         ("init", Path | None, None),
         ("data", Data, data),
-        ("optim", Optim, recipe.optim),
-        ("run", Run, run),
-        ("objective", type(recipe.objective), recipe.objective),
+        ("optim", Optim, preset.optim),
+        ("run", Run, Run()),
+        ("objective", type(preset.objective), preset.objective),
         ("augmentation", augmentation, augmentation()),
     ]
     return make_dataclass(
@@ -171,7 +204,7 @@ def _named_ops(view: View) -> list[tuple[str, ViewOp]]:
 
 
 def _augmented(augmentation: Augmentation, given: Any) -> Augmentation:
-    """The recipe's augmentation with the values of the command line."""
+    """The preset's augmentation with the values of the command line."""
     views = []
     for view in augmentation.views:
         values = getattr(given, view.name)
@@ -184,36 +217,32 @@ def _augmented(augmentation: Augmentation, given: Any) -> Augmentation:
     return replace(augmentation, views=tuple(views), group=given.group, mix=mix)
 
 
-def _resolve(method: str, preset: str, recipe: Preset, given: Any) -> Config:
+def _resolve(method: str, preset_name: str, preset: Preset, given: Any) -> Config:
     run: Run = given.run
-    if run.epochs is not None and run.steps is not None:
-        raise ConfigError("--run.epochs and --run.steps are both given: a run has one length")
     if run.epochs is None and run.steps is None:
-        run = replace(run, epochs=recipe.epochs)
+        run = replace(run, epochs=preset.epochs)
     options: dict[str, Any] = dict(getattr(find_method(method), "BACKBONE_OPTIONS", {}))
-    # The recipe's options belong to its backbone; another one starts with its own defaults.
-    if given.backbone == recipe.backbone:
-        options |= recipe.backbone_options
+    # The preset's options belong to its backbone; another one starts with its own defaults.
+    if given.backbone == preset.backbone:
+        options |= preset.backbone_options
     options |= dict(_parse_backbone_option(text) for text in given.backbone_options)
     try:
-        augmentation = _augmented(recipe.augmentation, given.augmentation)
+        augmentation = _augmented(preset.augmentation, given.augmentation)
     except RecipeError as error:
         raise ConfigError(f"--augmentation: {error}") from error
-    config = Config(
+    return Config(
         method=method,
-        preset=preset,
+        preset=preset_name,
         backbone=given.backbone,
         backbone_options=options,
         init=given.init,
-        data=replace(given.data, approximate=approximations(given.data.approximate)),
+        data=given.data,
         optim=given.optim,
         run=run,
         objective=given.objective,
         augmentation=augmentation,
-        test=recipe.test,
+        test=preset.test,
     )
-    check(config)
-    return config
 
 
 def _parse_backbone_option(text: str) -> tuple[str, Any]:

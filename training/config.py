@@ -6,7 +6,6 @@ Derived values (steps, the scaled learning rate) are computed where they are use
 RUN/config.json, never written back.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,14 @@ from typing import Any, Literal
 
 from headrace.pipelines.approximation import APPROXIMATIONS, Approximation
 from headrace.pipelines.recipe import Augmentation
-from headrace.training.preset import ConfigError, Optim, nearest
+from headrace.training.preset import (
+    Optim,
+    nearest,
+    require,
+    require_count,
+    require_not_negative,
+    require_positive,
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Data:
     """Data set for the evaluation during training (methods that have one)."""
     engine: str = "auto"
     """auto, dali, fused, reference, synthetic."""
-    approximate: tuple[str, ...] = ()
+    approximate: tuple[Approximation, ...] = ()
     """What an engine may do differently where it lacks the exact operator, separated by commas:
     affine-bilinear, equalize-opencv."""
     batch_size: int = 256
@@ -48,6 +54,13 @@ class Data:
     """Threads of the engine per rank; None takes this rank's share of the cores."""
     prefetch: int = 2
     """Batches that are prepared ahead."""
+
+    def __post_init__(self) -> None:
+        require_count("data", self, "batch_size", "repeated_augmentation", "threads", "prefetch")
+        require(
+            0 <= self.holdout < 1,
+            f"--data.holdout is {self.holdout}; it is a fraction in [0, 1)",
+        )
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,20 @@ class Run:
     """global: statistics over all ranks, so that the world size does not change the numbers."""
     compile: bool = False
     """torch.compile the encoder."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.epochs is None or self.steps is None,
+            "--run.epochs and --run.steps are both given: a run has one length",
+        )
+        require_count("run", self, "steps", "save_every", "log_every", "accumulate")
+        require_positive("run", self, "epochs")
+        require_not_negative("run", self, "seed", "evaluate_every")
+        require(
+            not self.gradient_cache or self.accumulate > 1,
+            "--run.gradient-cache needs micro-batches: give --run.accumulate, their number per "
+            "step",
+        )
 
 
 @dataclass(frozen=True)
@@ -161,61 +188,17 @@ def steps_between(epochs: float, steps_per_epoch: int) -> int:
     return max(1, round(epochs * steps_per_epoch)) if epochs > 0 else 0
 
 
-def check(config: Config) -> None:
-    """Raises ConfigError, naming the option, for a value that cannot mean anything."""
-    data, optim, run = config.data, config.optim, config.run
-    at_least_one = {
-        "--data.batch-size": data.batch_size,
-        "--data.prefetch": data.prefetch,
-        "--data.repeated-augmentation": data.repeated_augmentation,
-        "--data.threads": 1 if data.threads is None else data.threads,
-        "--run.steps": 1 if run.steps is None else run.steps,
-        "--run.save-every": run.save_every,
-        "--run.log-every": run.log_every,
-        "--run.accumulate": run.accumulate,
-    }
-    for option, value in at_least_one.items():
-        if value < 1:
-            raise ConfigError(f"{option} is {value}; it must be at least 1")
-    above_zero = {
-        "--run.epochs": 1 if run.epochs is None else run.epochs,
-        "--optim.clip-norm": 1 if optim.clip_norm is None else optim.clip_norm,
-    }
-    for option, value in above_zero.items():
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{option} is {value}; it must be above 0")
-    not_negative = {
-        "--run.seed": run.seed,
-        "--run.evaluate-every": run.evaluate_every,
-        "--optim.learning-rate": optim.learning_rate,
-        "--optim.final-learning-rate": optim.final_learning_rate,
-        "--optim.warmup-epochs": optim.warmup_epochs,
-        "--optim.warmup-from": optim.warmup_from,
-        "--optim.weight-decay": optim.weight_decay,
-    }
-    for option, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{option} is {value}; it must not be negative")
-    if not 0 <= data.holdout < 1:
-        raise ConfigError(f"--data.holdout is {data.holdout}; it is a fraction in [0, 1)")
-    if run.gradient_cache and run.accumulate == 1:
-        raise ConfigError(
-            "--run.gradient-cache needs micro-batches: give --run.accumulate, their number per step"
-        )
-    approximations(data.approximate)
-
-
-def approximations(names: Iterable[str]) -> tuple[Approximation, ...]:
-    """What --data.approximate names, as engines take it: each once, in their order.
+def parse_approximations(names: Iterable[str]) -> tuple[Approximation, ...]:
+    """What was written behind --data.approximate: each once, in the order of APPROXIMATIONS.
 
     names: of approximations; one string may hold several, separated by commas.
     Raises ConfigError for what is no name of one.
     """
     given = [part for name in names for part in name.replace(",", " ").split()]
     for name in given:
-        if name not in APPROXIMATIONS:
-            raise ConfigError(
-                f"--data.approximate {name} is unknown{nearest(name, APPROXIMATIONS)}; there are "
-                f"{', '.join(APPROXIMATIONS)}"
-            )
-    return tuple(known for known in APPROXIMATIONS if known in given)
+        require(
+            name in APPROXIMATIONS,
+            f"--data.approximate {name} is unknown{nearest(name, APPROXIMATIONS)}; there are "
+            f"{', '.join(APPROXIMATIONS)}",
+        )
+    return tuple(name for name in APPROXIMATIONS if name in given)

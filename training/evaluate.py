@@ -27,7 +27,7 @@ from headrace.pipelines.engines import choose
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import threads_per_rank, usable_cores
 from headrace.shards.store import Store, dataset_splits, find_dataset
-from headrace.training.config import approximations
+from headrace.training.config import parse_approximations
 from headrace.training.ending import run_and_exit
 from headrace.training.features import Features, extract
 from headrace.training.inputs import open_train, open_val
@@ -186,9 +186,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _approximate(record: Record, options: argparse.Namespace) -> tuple[Approximation, ...]:
     """Raises ConfigError for what names no approximation."""
-    return (
-        record.approximate if options.approximate is None else approximations([options.approximate])
-    )
+    if options.approximate is None:
+        return record.approximate
+    return parse_approximations([options.approximate])
 
 
 def _positive(text: str) -> int:

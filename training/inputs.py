@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from headrace.pipelines.loader import Loader, open_loader
 from headrace.shards.cores import threads_per_rank, usable_cores
 from headrace.shards.store import SPLITS, Store, dataset_splits, find_dataset, open_store
-from headrace.training.config import Config, approximations
+from headrace.training.config import Config
 from headrace.training.features import FeaturePass
 from headrace.training.preset import ConfigError
 from headrace.training.world import World
@@ -39,7 +39,7 @@ def open_training_loader(
         accumulate=config.run.accumulate,
         threads=_threads(config, world),
         prefetch=config.data.prefetch,
-        approximate=approximations(config.data.approximate),
+        approximate=config.data.approximate,
     )
 
 
@@ -65,7 +65,7 @@ def feature_pass(
         engine=engine,
         world=world,
         threads=_threads(config, world),
-        approximate=approximations(config.data.approximate),
+        approximate=config.data.approximate,
         precision="bf16" if bf16 else "fp32",
         seed=config.run.seed,
         holdout=config.data.holdout,

@@ -6,7 +6,8 @@ of them and replaces single values; what comes out is a `config.Config`.
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,39 @@ SMALL_PIXELS = 64  # the largest image of a data set that --preset auto calls CI
 
 class ConfigError(UserError):
     """A command line or configuration that cannot be run: what, where, and what to do instead."""
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless it holds."""
+    if not holds:
+        raise ConfigError(message)
+
+
+def require_count(group: str, declared: object, *names: str) -> None:
+    """Raise ConfigError unless these fields of `declared`, the options --`group`.*, are None or at
+    least 1."""
+    for option, value in _given(group, declared, names):
+        require(value >= 1, f"{option} is {value}; it must be at least 1")
+
+
+def require_positive(group: str, declared: object, *names: str) -> None:
+    """The same for what is None or a finite number above 0."""
+    for option, value in _given(group, declared, names):
+        require(0 < value < math.inf, f"{option} is {value}; it must be above 0")
+
+
+def require_not_negative(group: str, declared: object, *names: str) -> None:
+    """The same for what is None or a finite number from 0 upwards."""
+    for option, value in _given(group, declared, names):
+        require(0 <= value < math.inf, f"{option} is {value}; it must not be negative")
+
+
+def _given(group: str, declared: object, names: Iterable[str]) -> Iterator[tuple[str, float]]:
+    """(option, value) of the fields that are not None."""
+    for name in names:
+        value: float | None = getattr(declared, name)
+        if value is not None:
+            yield f"--{group}.{name.replace('_', '-')}", value
 
 
 @dataclass(frozen=True)
@@ -59,6 +93,19 @@ class Optim:
     """LARS and LARC."""
     clip_norm: float | None = None
     """Clip the global gradient norm to this."""
+
+    def __post_init__(self) -> None:
+        require_not_negative(
+            "optim",
+            self,
+            "learning_rate",
+            "final_learning_rate",
+            "warmup_epochs",
+            "warmup_from",
+            "weight_decay",
+            "final_weight_decay",
+        )
+        require_positive("optim", self, "clip_norm")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from headrace.pipelines.recipe import Augmentation
 from headrace.shards.store import Store
 from headrace.training.backbones import ENCODER_FILE, read_initial
 from headrace.training.build import build_method
-from headrace.training.config import approximations
 from headrace.training.method import Facts, Method
 from headrace.training.preset import ConfigError, find_method
 from headrace.training.run.checkpoint import CHECKPOINT_FILE
@@ -88,7 +87,7 @@ def read_record(run: Path) -> Record:
             train=_path(config["data"]["train"]),
             val=_path(config["data"]["val"]),
             engine=stream["engine"]["name"],
-            approximate=approximations(config["data"].get("approximate", ())),
+            approximate=tuple(config["data"].get("approximate", ())),
             init=_path(config["init"]),
             batch_size=config["data"]["batch_size"],
             step=_saved_step(run / CHECKPOINT_FILE),
