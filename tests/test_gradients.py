@@ -17,8 +17,9 @@ from headrace.training.guard import Guard, Signals
 from headrace.training.meters import Meters
 from headrace.training.method import MAIN_PHASE, Method, Progress
 from headrace.training.optim import Schedule, build_optimizer
+from headrace.training.parallel import model_for
 from headrace.training.preset import Optim
-from headrace.training.step import Step, early_parameters, model_for
+from headrace.training.step import early_parameters, optimiser_step
 from headrace.training.world import World
 from tests.tiny_methods import batch_of, build, finished, progress_at, share
 
@@ -55,19 +56,22 @@ class Adversarial(Method):
         }
 
 
-def one_step(method: Adversarial, batch: Batch, optim: Optim) -> tuple[Step, Meters]:
+def one_step(
+    method: Adversarial, batch: Batch, optim: Optim
+) -> tuple[torch.optim.Optimizer, Guard, dict[str, float]]:
+    """The optimiser and the guard behind a step, and what is logged of it."""
     schedule = Schedule(optim, 256, 1.0)
     optimizer = build_optimizer(method.param_groups(), schedule)
     guard = Guard(method, optimizer, ONE, Signals(), early_parameters(method))
     meters = Meters(ONE, len(batch), None)
-    step = Step(
-        method, model_for(method, ONE, cached=False), optimizer, guard, meters, ONE, 1, None,
-        False, False,
-    )  # fmt: skip
+    model, progress = model_for(method, ONE, cached=False), Progress(0, 10, 10, 0)
     guard.begin()
-    step.take(iter([batch]), Progress(0, 10, 10, 0))
-    guard.end(1, [batch])
-    return step, meters
+    report = optimiser_step(
+        method, model, optimizer, iter([batch]), progress, world=ONE, guard=guard
+    )
+    guard.end(1, report.batches)
+    meters.step(report.scalars)
+    return optimizer, guard, meters.take()
 
 
 def numbers(values: list[float]) -> Batch:
@@ -80,12 +84,11 @@ PLAIN = Optim(name="sgd", learning_rate=0.1, momentum=0.0, weight_decay=0.0, war
 
 def test_an_adversary_steps_first_and_by_its_own_loss() -> None:
     method = Adversarial()
-    _, meters = one_step(method, numbers([1.0, 3.0]), PLAIN)
+    _, _, logged = one_step(method, numbers([1.0, 3.0]), PLAIN)
     # The critic minimises its score of 2 x, at 1: 1 - 0.1 * 2. The generator meets the moved one.
     assert method.seen == [("critic", 1.0, 1.0), (MAIN_PHASE, pytest.approx(0.8), 1.0)]
     assert float(method.generator.weight.detach()) == pytest.approx(1 - 0.1 * 3 * 2 * 0.8)
     assert float(method.critic.weight.detach()) == pytest.approx(0.8)
-    logged = meters.take()
     assert logged["critic_loss"] == pytest.approx(2.0)
     assert logged["loss"] == pytest.approx(3 * 2 * 0.8)
     assert {"gradient_norm", "critic_gradient_norm"} <= logged.keys()
@@ -101,22 +104,26 @@ def test_a_failing_last_phase_undoes_the_first_one(name: Literal["sgd", "adamw",
             return {"loss": loss * (float("nan") if progress.phase == MAIN_PHASE else 1.0)}
 
     method = Failing()
-    step, _ = one_step(method, numbers([1.0, 3.0]), replace(PLAIN, name=name, momentum=0.9))
+    optimizer, guard, _ = one_step(
+        method, numbers([1.0, 3.0]), replace(PLAIN, name=name, momentum=0.9)
+    )
     assert float(method.critic.weight.detach()) == 1.0
     assert float(method.generator.weight.detach()) == 1.0
-    kept = step.optimizer.state[method.critic.weight]
+    kept = optimizer.state[method.critic.weight]
     assert kept
     assert not any(value.any() for value in kept.values())
-    assert step.guard.read().failed_step == 1
+    assert guard.read().failed_step == 1
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
 def test_phases_that_succeed_stay(name: Literal["sgd", "adamw", "lars"]) -> None:
     method = Adversarial()
-    step, _ = one_step(method, numbers([1.0, 3.0]), replace(PLAIN, name=name, momentum=0.9))
-    assert step.guard.read().failed_step is None
+    optimizer, guard, _ = one_step(
+        method, numbers([1.0, 3.0]), replace(PLAIN, name=name, momentum=0.9)
+    )
+    assert guard.read().failed_step is None
     assert float(method.critic.weight.detach()) != 1.0
-    assert all(value.any() for value in step.optimizer.state[method.critic.weight].values())
+    assert all(value.any() for value in optimizer.state[method.critic.weight].values())
 
 
 def test_other_phases_take_no_gradient() -> None:

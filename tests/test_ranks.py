@@ -26,8 +26,9 @@ from headrace.training.blocks.norm import convert
 from headrace.training.collectives import gather_with_gradient
 from headrace.training.gradients import average, backward
 from headrace.training.method import Method
+from headrace.training.parallel import distributed
 from headrace.training.preset import Preset
-from headrace.training.world import World, distributed
+from headrace.training.world import World
 from tests.tiny_methods import (
     CASES,
     TinyContext,

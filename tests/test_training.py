@@ -22,11 +22,12 @@ from torch import nn
 from headrace import training
 from headrace.pipelines.batch import Batch
 from headrace.training.backbones import EncoderFactory, read_initial, resolve_options
+from headrace.training.collectives import from_main
 from headrace.training.guard import Guard, Signals
 from headrace.training.meters import Meters
 from headrace.training.preset import ConfigError
 from headrace.training.run import checkpoint
-from headrace.training.world import World, from_main
+from headrace.training.world import World
 
 TRAIN = Path(training.__file__).parent / "train.py"
 SAMPLES = 48
@@ -396,7 +397,7 @@ def test_the_seed_fixes_the_weights_and_another_one_changes_them(run: Run, tmp_p
 
 def test_a_directory_has_one_writer(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with checkpoint.locked(out, World()), pytest.raises(checkpoint.CheckpointError) as caught:
+    with checkpoint.locked(out), pytest.raises(checkpoint.CheckpointError) as caught:
         run(out, "--run.steps 1")
     assert f"being written by process {os.getpid()}" in str(caught.value)
     assert run(out, "--run.steps 1") == 0
@@ -405,7 +406,7 @@ def test_a_directory_has_one_writer(run: Run, tmp_path: Path) -> None:
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     leftover = tmp_path / ".checkpoint.pt.123-abc.partial"
     leftover.write_bytes(b"half")
-    with checkpoint.locked(tmp_path, World()):
+    with checkpoint.locked(tmp_path):
         assert not leftover.exists()
         with (tmp_path / "lock").open() as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -500,12 +501,14 @@ def test_a_signal_reaches_the_verdict() -> None:
 
 
 def test_meters_give_means_and_continue_an_interval_exactly() -> None:
+    def slow() -> Iterator[Batch]:
+        while True:
+            time.sleep(0.002)
+            yield Batch((), torch.zeros(2), torch.tensor([4, 7]), (), 0, 0)
+
     def feed(meters: Meters, values: list[float]) -> None:
-        for value in values:
-            with meters.waiting():
-                time.sleep(0.002)
-            meters.add({"loss": torch.tensor(value)})
-            meters.step({"norm": torch.tensor(2 * value)})
+        for value, _ in zip(values, meters.timed(slow()), strict=False):
+            meters.step([{"loss": torch.tensor(value)}, {"norm": torch.tensor(2 * value)}])
 
     values = [0.1, 0.7, 1e-3, 5.5]
     meters = Meters(World(), 8, None)
@@ -527,7 +530,7 @@ def test_meters_give_means_and_continue_an_interval_exactly() -> None:
 
 def test_paused_time_is_not_training_time() -> None:
     meters = Meters(World(), 100, None)
-    meters.step({"loss": torch.ones(())})
+    meters.step([{"loss": torch.ones(())}])
     with meters.paused():
         time.sleep(0.3)
     assert meters.take()["images_per_second"] > 100 / 0.3
@@ -558,7 +561,7 @@ def test_an_error_of_rank_0_is_everybodys() -> None:
         raise ConfigError("told")
 
     with pytest.raises(ConfigError, match="told"):
-        from_main(World(), fails)
+        from_main(fails)
 
 
 # -------------------------------------------------------------------------------------- processes

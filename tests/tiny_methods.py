@@ -31,9 +31,9 @@ from headrace.pipelines.engines.device_stage import device_stage
 from headrace.pipelines.recipe import Augmentation
 from headrace.training import methods
 from headrace.training.backbones import EncoderFactory, export, resolve_options
-from headrace.training.gradients import Pass, average, backward, gradient_of
 from headrace.training.method import Facts, Method, Progress
 from headrace.training.preset import ConfigError, Preset
+from headrace.training.step import optimiser_step
 from headrace.training.world import World
 
 NAMES = sorted(module.name for module in pkgutil.iter_modules(methods.__path__))
@@ -259,25 +259,21 @@ def train_step(
     model: nn.Module | None = None,
     cached: bool = False,
 ) -> Tensor:
-    """As in train.py; the mean loss of the main phase over the micro-batches."""
+    """A step of train.py with the method's epochs; the mean loss of the main phase over the
+    micro-batches. The gradients stay in place."""
     if progress.step % progress.steps_per_epoch == 0 and context is not None:
         method.before_epoch(context, progress)
-    method.before_step(progress)
-    done: Pass | None = None
-    for phase, trained in method.phases().items():
-        at = replace(progress, phase=phase)
-        optimizer.zero_grad()
-        with gradient_of(method, trained):
-            done = backward(
-                method if model is None else model, iter(parts), len(parts), at, cached=cached
-            )
-        if model is None:
-            average(trained, world or ONE)
-        method.after_backward(at)
-        optimizer.step()
-    assert done is not None
-    method.after_step(done.embeddings, done.batches, progress)
-    return torch.stack(done.losses).mean()
+    report = optimiser_step(
+        method,
+        method if model is None else model,
+        optimizer,
+        iter(parts),
+        progress,
+        world=world or ONE,
+        micro_batches=len(parts),
+        cached=cached,
+    )
+    return torch.stack(report.losses).mean()
 
 
 def sgd(method: Method, rate: float = 0.01) -> torch.optim.Optimizer:

@@ -13,12 +13,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from headrace.pipelines.batch import Batch, concatenate
+from headrace.training.collectives import mean_over_ranks_
 from headrace.training.method import Method, Progress
 from headrace.training.world import World
 
@@ -116,9 +116,7 @@ def average(parameters: Sequence[Tensor], world: World) -> None:
     if world.size == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= world.size
+    flat = mean_over_ranks_(torch.cat([gradient.flatten() for gradient in gradients]))
     pieces = flat.split([gradient.numel() for gradient in gradients])
     for gradient, piece in zip(gradients, pieces, strict=True):
         gradient.copy_(piece.view_as(gradient))

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from headrace.pipelines.batch import Batch
 from headrace.training.blocks.memory import RowMemory
-from headrace.training.world import World, gather_objects, largest_over_ranks
+from headrace.training.collectives import gather_objects, largest_over_ranks_
+from headrace.training.world import World
 
 _HOST_IS_AHEAD_STEPS = 2
 """On CUDA the host reads flags of this many steps ago: deep enough for the device to be busy."""
@@ -123,7 +124,7 @@ class Guard:
         """Block this update, on all ranks, if one of the scalars is not finite on one of them."""
         self._flags[0] = 1.0 - torch.stack([value.isfinite() for value in values]).all().float()
         self._flags[1] = float(self._signals.received is not None)
-        largest_over_ranks(self._world, self._flags)
+        largest_over_ranks_(self._flags)
         torch.maximum(self.blocked, self._flags[0], out=self.blocked)
 
     @torch.no_grad()
@@ -182,5 +183,5 @@ class Guard:
             for step, ids in self._ids
             if step >= first
         }
-        ranks = gather_objects(self._world, own)
+        ranks = gather_objects(own)
         return {step: [sample for rank in ranks for sample in rank[step]] for step in own}

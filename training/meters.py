@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from headrace.training.world import World, mean_over_ranks
+from headrace.pipelines.batch import Batch
+from headrace.training.collectives import mean_over_ranks
+from headrace.training.world import World
 
 _SIGNIFICANT_DIGITS = 9
 """Of logged means: a float32's. Sums are float64, so that a resume in the middle of an interval
@@ -53,16 +55,17 @@ class Meters:
         self._steps, self._wait_seconds, self._paused_seconds = 0, 0.0, 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around taking a batch."""
-        before = self._event()
-        started = time.perf_counter()
-        yield
-        self._wait_seconds += time.perf_counter() - started
-        after = self._event()
-        if before is not None and after is not None:
-            self._events.append((before, after))
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; how long each took to come counts as waiting."""
+        while True:
+            before = self._event()
+            started = time.perf_counter()
+            batch = next(batches)
+            self._wait_seconds += time.perf_counter() - started
+            after = self._event()
+            if before is not None and after is not None:
+                self._events.append((before, after))
+            yield batch
 
     def _event(self) -> torch.cuda.Event | None:
         # Its time is that at which the device has finished what was queued before it. The second
@@ -81,16 +84,13 @@ class Meters:
         self._paused_seconds += time.perf_counter() - started
 
     @torch.no_grad()
-    def add(self, scalars: Mapping[str, Tensor]) -> None:
-        """One micro-batch's or step's scalars; the same names on every rank."""
-        for name, value in scalars.items():
+    def step(self, entries: Iterable[Mapping[str, Tensor]]) -> None:
+        """An optimiser step is done. entries: its scalars, each counted as often as it is there;
+        the same names on every rank."""
+        for name, value in (item for scalars in entries for item in scalars.items()):
             addend = value.detach().double()
             self._sums[name] = self._sums[name] + addend if name in self._sums else addend
             self._counts[name] = self._counts.get(name, 0) + 1
-
-    def step(self, scalars: Mapping[str, Tensor]) -> None:
-        """An optimiser step is done; `scalars` are those that it has once."""
-        self.add(scalars)
         self._steps += 1
 
     @property
@@ -103,7 +103,7 @@ class Meters:
         if not self._sums:
             return {}
         names = sorted(self._sums, key=lambda name: (name != "loss", name))
-        means = mean_over_ranks(self._world, torch.stack([self._sums[name] for name in names]))
+        means = mean_over_ranks(torch.stack([self._sums[name] for name in names]))
         self._sums = dict(zip(names, means.unbind(), strict=True))
         return dict(zip(names, means.tolist(), strict=True))
 
@@ -117,7 +117,7 @@ class Meters:
         wall = time.perf_counter() - self._interval_started - self._paused_seconds
         idle = sum(before.elapsed_time(after) for before, after in self._events) / 1000
         shares = torch.tensor([self._wait_seconds / wall, idle / wall], dtype=torch.float64)
-        waited, idled = mean_over_ranks(self._world, shares.to(self._world.device)).tolist()
+        waited, idled = mean_over_ranks(shares.to(self._world.device)).tolist()
         record["images_per_second"] = round(self._steps * self._batch_size / wall, 2)
         record["wait_share"] = round(waited, 4)
         if self._world.device.type == "cuda":

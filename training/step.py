@@ -3,75 +3,76 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn, optim
+import torch
+from torch import Tensor, nn
 
 from headrace.pipelines.batch import Batch
 from headrace.training.gradients import Pass, average, backward, gradient_of
 from headrace.training.guard import Guard
-from headrace.training.meters import Meters
 from headrace.training.method import MAIN_PHASE, Method, Progress
 from headrace.training.optim import clip_gradients, gradient_norm
-from headrace.training.world import World, distributed
+from headrace.training.world import World
 
 
 @dataclass(frozen=True)
-class Step:
-    """What all steps of a run share. Every rank takes each step.
+class StepReport:
+    """What a step took and what it has to say. Tensors stay on the device.
 
-    micro_batches: per step. clip_norm: as `Optim.clip_norm`. bf16: autocast the forward passes.
-    cached: with a gradient cache, as `gradients.backward`.
+    batches: the micro-batches. losses: of the last phase, one per micro-batch, with a gradient
+    cache one. scalars: what is logged, an entry per phase and loss, with the phase's gradient norm
+    in its first one. Those of an adversary bear its phase's name.
     """
 
-    method: Method
-    model: nn.Module
-    optimizer: optim.Optimizer
-    guard: Guard
-    meters: Meters
-    world: World
-    micro_batches: int
-    clip_norm: float | None
-    bf16: bool
-    cached: bool
-
-    def take(self, batches: Iterator[Batch], progress: Progress) -> list[Batch]:
-        """From `before_step` to `after_step`; gives the micro-batches that it took."""
-        self.method.before_step(progress)
-        done, norms = Pass(), {}
-        for phase, trained in self.method.phases().items():
-            at = replace(progress, phase=phase)
-            parts = iter(done.batches) if done.batches else self._waited(batches)
-            with gradient_of(self.method, trained):
-                done = backward(
-                    self.model, parts, self.micro_batches, at, bf16=self.bf16, cached=self.cached
-                )
-            if self.model is self.method:
-                average(trained, self.world)
-            norm = gradient_norm(trained)
-            self.guard.check([*done.losses, norm])
-            if self.clip_norm is not None:
-                clip_gradients(trained, norm, self.clip_norm)
-            self.method.after_backward(at)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            for outputs in done.outputs:
-                self.meters.add(_named(outputs, phase))
-            norms |= _named({"gradient_norm": norm}, phase)
-        self.method.after_step(done.embeddings, done.batches, progress)
-        self.meters.step(norms)
-        return done.batches
-
-    def _waited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same; the meters see how long each took to come."""
-        while True:
-            with self.meters.waiting():
-                batch = next(batches)
-            yield batch
+    batches: list[Batch]
+    losses: list[Tensor]
+    scalars: list[dict[str, Tensor]]
 
 
-def model_for(method: Method, world: World, *, cached: bool) -> nn.Module:
-    """What a step calls: DDP averages gradients during the one backward pass that it knows of; with
-    several, the method by itself, whose gradients `Step` averages afterwards."""
-    return method if cached or len(method.phases()) > 1 else distributed(method, world)
+def optimiser_step(
+    method: Method,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Batch],
+    progress: Progress,
+    *,
+    world: World,
+    micro_batches: int = 1,
+    clip_norm: float | None = None,
+    bf16: bool = False,
+    cached: bool = False,
+    guard: Guard | None = None,
+) -> StepReport:
+    """From `Method.before_step` to `Method.after_step`, on every rank.
+
+    model: `parallel.model_for` the method. micro_batches: how many of `batches` are taken.
+    clip_norm: as `Optim.clip_norm`. bf16: autocast the forward passes. cached: with a gradient
+    cache, as `gradients.backward`. guard: blocks the update where a loss or gradient is not finite.
+    The gradients are left in place, for whoever wants to look at them.
+    """
+    method.before_step(progress)
+    last = Pass()
+    scalars: list[dict[str, Tensor]] = []
+    for phase, trained in method.phases().items():
+        in_phase = replace(progress, phase=phase)
+        # The first phase takes the batches; the others see the same ones.
+        parts = iter(last.batches) if last.batches else batches
+        optimizer.zero_grad()
+        with gradient_of(method, trained):
+            last = backward(model, parts, micro_batches, in_phase, bf16=bf16, cached=cached)
+        if model is method:
+            average(trained, world)
+        norm = gradient_norm(trained)
+        if guard is not None:
+            guard.check([*last.losses, norm])
+        if clip_norm is not None:
+            clip_gradients(trained, norm, clip_norm)
+        method.after_backward(in_phase)
+        optimizer.step()
+        first, *others = last.outputs
+        logged = [{**first, "gradient_norm": norm}, *others]
+        scalars += [_named(outputs, phase) for outputs in logged]
+    method.after_step(last.embeddings, last.batches, progress)
+    return StepReport(last.batches, last.losses, scalars)
 
 
 def early_parameters(method: Method) -> list[nn.Parameter]:

@@ -34,8 +34,9 @@ from headrace.training.inputs import (
 )
 from headrace.training.meters import Journal, Meters
 from headrace.training.method import Facts, Method, Progress
+from headrace.training.parallel import model_for
 from headrace.training.run import checkpoint
-from headrace.training.step import Step, early_parameters, model_for
+from headrace.training.step import early_parameters, optimiser_step
 from headrace.training.validation import evaluates, validate
 from headrace.training.world import World, join, seed_layers
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     with (
         join(config.run.device) as world,
         catch_signals() as signals,
-        checkpoint.locked(out, world),
+        checkpoint.locked(out),
     ):
         return train(config, open_train(config.data.train), out, world, signals)
 
@@ -115,9 +116,6 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
         derived |= {"classes": len(store.classes), "epoch_steps": epoch_steps}
         checkpoint.begin(out, start, config.declaration(), derived, fingerprint)
 
-    numbers = run.accumulate, config.optim.clip_norm, bf16, run.gradient_cache
-    one = Step(method, model, optimizer, guard, meters, world, *numbers)
-
     def state(step: int) -> dict[str, Any]:
         return {
             "step": step,
@@ -143,7 +141,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
                 "gradient cache: this network's batch norm normalises each micro-batch by itself, "
                 "so that gradients are not those of the whole batch"
             )
-        batches = forever(loader)
+        batches = meters.timed(forever(loader))
         for step in range(start, steps):
             progress = Progress(step, steps, epoch_steps, run.seed)
             guard.begin()
@@ -153,8 +151,21 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
                     method.before_epoch(context, progress)
                     follow_table(loader, method, progress)
             rates = schedule.apply(optimizer, progress.fraction)
-            taken = one.take(batches, progress)
-            guard.end(step + 1, taken)
+            report = optimiser_step(
+                method,
+                model,
+                optimizer,
+                batches,
+                progress,
+                world=world,
+                micro_batches=run.accumulate,
+                clip_norm=config.optim.clip_norm,
+                bf16=bf16,
+                cached=run.gradient_cache,
+                guard=guard,
+            )
+            guard.end(step + 1, report.batches)
+            meters.step(report.scalars)
             journal.advance()
 
             # What follows looks at the device, each at its own cadence.

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 
 from headrace.pipelines.loader import open_loader
+from headrace.training.collectives import gather_objects
 from headrace.training.features import FeaturePass
 from headrace.training.method import Method
-from headrace.training.world import gather_objects
 
 
 def evaluates(method: Method) -> bool:
@@ -26,7 +26,7 @@ def validate(method: Method, passes: Mapping[str, FeaturePass]) -> dict[str, flo
     method.eval()
     for name, way in passes.items():
         totals: dict[str, tuple[float, int]] = {}
-        for rank in gather_objects(way.world, _totals(method, way)):
+        for rank in gather_objects(_totals(method, way)):
             for key, (total, count) in rank.items():
                 before = totals.get(key, (0.0, 0))
                 totals[key] = (before[0] + total, before[1] + count)

@@ -1,28 +1,23 @@
 """The processes of a run: one by itself, or the ones that torchrun started.
 
 Every function here means the same for one process, where it costs nothing. Only rank 0 writes;
-what it finds out (a lock, a checkpoint) reaches the others through `from_main`.
+what it finds out (a lock, a checkpoint) reaches the others through `collectives.from_main`.
 """
 
 import ctypes
 import hashlib
-import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from headrace.shards.errors import UserError
-
-Value = TypeVar("Value")
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -105,67 +100,3 @@ def _end_with_launcher() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-def distributed(module: nn.Module, world: World) -> nn.Module:
-    """The module with its gradients averaged over the ranks; itself for one process.
-
-    Buffers are left alone in every step: they are equal on all ranks by construction.
-    """
-    if world.size == 1:
-        return module
-    # torch 2.14 renamed the option, and warns of the name that torch 2.9 knows.
-    names = inspect.signature(DistributedDataParallel).parameters
-    option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    options: dict[str, Any] = {option: False}
-    return DistributedDataParallel(module, **options)
-
-
-def from_main(world: World, compute: Callable[[], Value]) -> Value:
-    """What `compute` returns on rank 0, on every rank; an error of rank 0 is raised on every rank.
-
-    The value and the error travel as pickles.
-    """
-    if world.size == 1:
-        return compute()
-    box: list[Any] = [None, None]
-    if world.is_main:
-        try:
-            box[0] = compute()
-        except Exception as error:
-            box[1] = error
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
-
-
-def gather_objects(world: World, value: Value) -> list[Value]:
-    """Every rank's value, in the order of the ranks, on every rank."""
-    if world.size == 1:
-        return [value]
-    gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
-def mean_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
-    """The mean of a floating-point tensor over all ranks, in place; returns it."""
-    if world.size > 1:
-        dist.all_reduce(tensor)
-        tensor /= world.size
-    return tensor
-
-
-def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks, in place; returns it."""
-    if world.size > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def largest_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
-    """The elementwise maximum over all ranks, in place; returns it."""
-    if world.size > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor

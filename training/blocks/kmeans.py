@@ -10,11 +10,16 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from headrace.training.collectives import gather_rows, rank, sum_over_ranks, world_size
+from headrace.training.collectives import (
+    broadcast_,
+    gather_rows,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from headrace.training.preset import ConfigError
 
 _CHUNK_NUMBERS = 1 << 25  # numbers that a table of distances may have at a time
@@ -125,8 +130,7 @@ def whiten(features: Tensor, dims: int = 256) -> Tensor:
         scales = torch.where(variances > rounding, variances.rsqrt(), 0)
         projection = directions * largest.sign() * scales
         if world_size() > 1:
-            projection = projection.contiguous()
-            dist.broadcast(projection, 0)
+            projection = broadcast_(projection.contiguous(), 0)
         whitened = features.new_empty(len(features), projection.shape[1])
         for rows in _chunks(len(features), width):
             whitened[rows] = ((features[rows].double() - mean) @ projection).float()

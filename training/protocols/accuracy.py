@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from headrace.training.collectives import sum_over_ranks_
 from headrace.training.features import Features
-from headrace.training.world import World, sum_over_ranks
+from headrace.training.world import World
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Accuracy:
 
 def totals(values: list[int], world: World) -> list[int]:
     """Sums over all ranks."""
-    return sum_over_ranks(world, torch.tensor(values, device=world.device)).tolist()
+    return sum_over_ranks_(torch.tensor(values, device=world.device)).tolist()
 
 
 def problem_of(share: Features, name: str, samples: int, world: World) -> str | None:

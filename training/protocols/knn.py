@@ -17,14 +17,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from headrace.shards.errors import UserError
+from headrace.training.collectives import (
+    broadcast_,
+    gather_objects,
+    gather_to,
+    largest_over_ranks_,
+)
 from headrace.training.features import Features, progress_bar
 from headrace.training.protocols.accuracy import Accuracy, problem_of, totals
-from headrace.training.world import World, gather_objects, largest_over_ranks
+from headrace.training.world import World
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -160,7 +165,7 @@ def knn_accuracy(
             f"samples; there are {train_samples:,}"
         )
     labels = torch.cat([train.labels, test.labels, train.labels.new_zeros(1)])
-    classes = int(largest_over_ranks(world, labels.max())) + 1
+    classes = int(largest_over_ranks_(labels.max())) + 1
 
     by_id = train.ids.argsort()
     bank = Features(train.ids[by_id], normalise(train.features[by_id]), train.labels[by_id])
@@ -199,30 +204,25 @@ def _neighbours_of_own(
             yield rows, nearest(bank, queries[rows], count)
             bar.update(rows.stop - rows.start)
         return
-    for owner, length in enumerate(gather_objects(world, len(queries))):
+    for owner, length in enumerate(gather_objects(len(queries))):
         for start in range(0, length, chunk_rows):
             rows = slice(start, min(start + chunk_rows, length))
             chunk = queries.new_empty(rows.stop - rows.start, queries.shape[1])
             if owner == world.rank:
                 chunk.copy_(queries[rows])
-            dist.broadcast(chunk, owner)
-            gathered = _gather(nearest(bank, chunk, count), owner, world)
+            broadcast_(chunk, owner)
+            gathered = _gather(nearest(bank, chunk, count), owner)
             if gathered:
                 yield rows, merge(gathered, count)
             bar.update(rows.stop - rows.start)
 
 
-def _gather(own: Neighbours, owner: int, world: World) -> list[Neighbours]:
+def _gather(candidates: Neighbours, owner: int) -> list[Neighbours]:
     """Every rank's candidates, on the owner; an empty list elsewhere."""
-
-    def gather(tensor: Tensor) -> list[Tensor]:
-        received = (
-            [torch.empty_like(tensor) for _ in range(world.size)] if world.rank == owner else None
-        )
-        dist.gather(tensor.contiguous(), received, owner)
-        return received or []
-
-    columns = (gather(own.similarities), gather(own.ids), gather(own.labels))
+    columns = [
+        gather_to(column, owner)
+        for column in (candidates.similarities, candidates.ids, candidates.labels)
+    ]
     return [Neighbours(*parts) for parts in zip(*columns, strict=True)]
 
 

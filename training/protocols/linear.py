@@ -32,10 +32,11 @@ from torch.nn import functional as F
 from headrace.pipelines.counters import Kind
 from headrace.pipelines.permutation import permute
 from headrace.shards.errors import UserError
+from headrace.training.collectives import largest_over_ranks_, sum_over_ranks_
 from headrace.training.features import Features, progress_bar
 from headrace.training.protocols.accuracy import Accuracy, problem_of, totals
 from headrace.training.schedules import cosine
-from headrace.training.world import World, largest_over_ranks, sum_over_ranks
+from headrace.training.world import World
 
 HELD_OUT_SHARE = 10  # one in so many training samples chooses the learning rate
 MOMENTUM = 0.9
@@ -152,8 +153,8 @@ def linear_accuracy(
             f"chooses the learning rate; there are {samples}"
         )
     labels = torch.cat([train.labels, test.labels, train.labels.new_zeros(1)])
-    classes = int(largest_over_ranks(world, labels.max())) + 1
-    standard = _standard(train.features, samples, world)
+    classes = int(largest_over_ranks_(labels.max())) + 1
+    standard = _standard(train.features, samples)
     # A place in a permutation that the ids have for ever: the first ones are held out.
     places = permute(train.ids.cpu().numpy(), samples, seed=seed, kind=Kind.HOLDOUT, epoch=0)
     task = _Task(train, standard, places, samples, classes, seed, world, progress)
@@ -161,7 +162,7 @@ def linear_accuracy(
     pairs = [(rate, decay) for rate in sweep.learning_rates for decay in sweep.weight_decays]
     heads = _fit(task, pairs, sweep, leave=held_out, called="linear, sweep")
     own = torch.from_numpy(places < held_out).to(train.features.device)
-    judged = _judge(heads, standard, train.features[own], train.labels[own], world)
+    judged = _judge(heads, standard, train.features[own], train.labels[own])
     tried = tuple(
         Tried(
             *pair,
@@ -174,7 +175,7 @@ def linear_accuracy(
 
     pair = (chosen.learning_rate, chosen.weight_decay)
     final = _fit(task, [pair], sweep, leave=0, called="linear, chosen")
-    found = _judge(final, standard, test.features, test.labels, world)
+    found = _judge(final, standard, test.features, test.labels)
     return LinearResult(
         accuracy=Accuracy(100 * found.top1[0] / test_samples, 100 * found.top5[0] / test_samples),
         chosen=chosen,
@@ -234,7 +235,7 @@ def _fit(
                 errors /= batch
                 flat = inputs.T @ errors.flatten(1)
                 gradient = torch.cat([flat, errors.sum(dim=0).reshape(1, -1)])
-                sum_over_ranks(world, gradient)
+                sum_over_ranks_(gradient)
                 now = rates * cosine(step / total, 1.0, 0.0)
                 momenta.weight.mul_(MOMENTUM).add_(gradient[:-1].view_as(heads.weight))
                 momenta.weight.add_(heads.weight * decays)
@@ -266,20 +267,18 @@ def _zeros(width: int, heads: int, classes: int, device: torch.device) -> Heads:
     )
 
 
-def _standard(features: Tensor, samples: int, world: World) -> _Standard:
-    mean = sum_over_ranks(world, features.sum(dim=0, dtype=torch.float64)) / samples
+def _standard(features: Tensor, samples: int) -> _Standard:
+    mean = sum_over_ranks_(features.sum(dim=0, dtype=torch.float64)) / samples
     squares = torch.zeros_like(mean)
     for part in features.split(_ROWS_AT_ONCE):
         squares += (part - mean).square().sum(dim=0)
-    variance = sum_over_ranks(world, squares) / samples
+    variance = sum_over_ranks_(squares) / samples
     scale = (variance + _VARIANCE_SHARE * variance.mean()).rsqrt()
     scale = scale.where(scale.isfinite(), 0.0)  # where no feature ever changes
     return _Standard(scale.float(), (-mean * scale).float())
 
 
-def _judge(
-    heads: Heads, standard: _Standard, features: Tensor, labels: Tensor, world: World
-) -> _Judged:
+def _judge(heads: Heads, standard: _Standard, features: Tensor, labels: Tensor) -> _Judged:
     """Equal logits go by class number; a head whose logits are not finite is never right."""
     number, classes = heads.bias.shape
     hits = torch.zeros(2, number, dtype=torch.int64, device=features.device)
@@ -295,8 +294,8 @@ def _judge(
         place = before.sum(dim=2).masked_fill(~logits.isfinite().all(dim=2), classes)
         hits += torch.stack([(place < 1).sum(dim=0), (place < min(5, classes)).sum(dim=0)])
         loss += (logits.logsumexp(dim=2) - own.squeeze(2)).sum(dim=0, dtype=torch.float64)
-    top1, top5 = sum_over_ranks(world, hits).tolist()
-    return _Judged(top1, top5, sum_over_ranks(world, loss).tolist())
+    top1, top5 = sum_over_ranks_(hits).tolist()
+    return _Judged(top1, top5, sum_over_ranks_(loss).tolist())
 
 
 def _edge(

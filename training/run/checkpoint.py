@@ -29,7 +29,8 @@ from headrace.pipelines.differences import differences
 from headrace.shards.atomic import PARTIAL_SUFFIX, atomic_file
 from headrace.shards.errors import UserError
 from headrace.training.backbones import export
-from headrace.training.world import World, from_main
+from headrace.training.collectives import from_main
+from headrace.training.world import World
 
 CHECKPOINT_FILE = "checkpoint.pt"
 METRICS_FILE = "metrics.jsonl"
@@ -43,13 +44,13 @@ class CheckpointError(UserError):
 
 
 @contextmanager
-def locked(directory: Path, world: World) -> Iterator[Path]:
+def locked(directory: Path) -> Iterator[Path]:
     """Make and hold a run's directory; the lock ends with this process, however that ends.
 
     Raises CheckpointError on every rank where another process holds it.
     """
     held: list[int] = []
-    from_main(world, lambda: held.append(_lock(directory)))
+    from_main(lambda: held.append(_lock(directory)))
     try:
         yield directory
     finally:
