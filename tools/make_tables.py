@@ -1,17 +1,18 @@
-"""The README's tables of measurements, made of the JSON lines that the tools left.
+"""The tables of measurements on the project's pages, made of the JSON lines that the tools left.
 
-    python tools/readme_tables.py            # the newest files in tools/benchmarks
-    python tools/readme_tables.py --check    # ends with 1 where the README says something else
+    python tools/make_tables.py            # every page, from the newest files in tools/benchmarks
+    python tools/make_tables.py --check    # ends with 1 where a page says something else
 
-What stands between `<!-- agreement -->` and `<!-- /agreement -->`, `<!-- speed -->` and
-`<!-- /speed -->`, and likewise for `costs`, `methods` and `recipes`, is replaced, and nothing else;
-a section without markers is left out. Of lines for the same thing the last one counts.
+What stands on a page between `<!-- agreement -->` and `<!-- /agreement -->` is replaced, and
+nothing else; likewise for the other names of `SECTIONS`. A page says with its markers what it
+shows. Of lines for the same thing the last one counts.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -26,12 +27,24 @@ from headrace.tools.result_tables import Line, agreement_table, markdown, number
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "tools/benchmarks"
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "pipelines/engines/README.md",
+    ROOT / "training/methods/README.md",
+    ROOT / "tools/benchmarks/README.md",
+)
 OWN = ("fused", "dali", "reference")
-PEERS = ("torchvision", "dali_native", "ffcv", "webdataset")
+PEERS = {
+    "torchvision": "vs torchvision's DataLoader",
+    "dali_native": "vs DALI's own operators",
+    "ffcv": "vs FFCV",
+    "webdataset": "vs webdataset",
+}
+"""Other libraries by their name in the lines, and what a table calls them."""
 
 
 class TableError(ValueError):
-    """A file or a README that no table can be made of: which and why."""
+    """A file or a page that no table can be made of: which and why."""
 
 
 def agreement_section(lines: Sequence[Line]) -> str:
@@ -63,65 +76,108 @@ def agreement_section(lines: Sequence[Line]) -> str:
     return f"{table}\n\n{' '.join([*said, _where(last)])}"
 
 
-def speed_section(lines: Sequence[Line]) -> str:
-    """Images per second by recipe and engine, and what the best of ours is worth."""
-    last = _last(lines)
+@dataclass(frozen=True)
+class Speed:
+    """Images/s of one recipe by engine, and what the best of ours is worth.
+
+    decode: of decoding alone, and the best one's share of it; times: the peers' factors, medians
+    over rounds where the lines have them.
+    """
+
+    recipe: str
+    rates: dict[str, float]
+    cannot: frozenset[str]
+    best: str | None
+    decode: float | None
+    decode_share: float | None
+    times: dict[str, float]
+
+
+def speeds(lines: Sequence[Line]) -> list[Speed]:
+    """One per recipe: of the largest number of threads, at finished float32 batches."""
     threads = max(line["threads"] for line in lines)
     chosen = {
         (line["recipe"], line["engine"]): line
         for line in lines
         if line["threads"] == threads and line["output"] in ("float32", "any")
     }
-    names = list(dict.fromkeys(recipe for recipe, _ in chosen))
-    cannot = {
-        (line["recipe"], engine) for line in lines for engine in line.get("cannot_express", ())
-    }
-    engines = [
-        *(engine for engine in (*OWN, *PEERS) if any((name, engine) in chosen for name in names)),
-    ]
+    cannot = {(line["recipe"], peer) for line in lines for peer in line.get("cannot_express", ())}
+    result = []
+    for recipe in dict.fromkeys(recipe for recipe, _ in chosen):
+        line_of = {engine: line for (name, engine), line in chosen.items() if name == recipe}
+        rates = {engine: line["images_per_second"] for engine, line in line_of.items()}
+        decodes = [line["decode_images_per_second"] for line in line_of.values()]
+        decode = next((rate for rate in decodes if rate), None)
+        best = max((e for e in OWN if e in rates), key=lambda e: rates[e], default=None)
+        share, times = None, {}
+        if best is not None:
+            share = line_of[best].get("decode_share") or (decode and rates[best] / decode)
+            times = {p: rates[best] / rates[p] for p in PEERS if p in rates}
+            times |= line_of[best].get("times_peer", {})
+        unable = frozenset(peer for name, peer in cannot if name == recipe)
+        result.append(Speed(recipe, rates, unable, best, decode, share, times))
+    return result
+
+
+def speed_section(lines: Sequence[Line]) -> str:
+    """Images per second by recipe and engine, and what the best of ours is worth."""
+    of_recipes = speeds(lines)
+    engines = [e for e in (*OWN, *PEERS) if any(e in speed.rates for speed in of_recipes)]
     rates = [["images/s", "decoding alone", *(f"`{engine}`" for engine in engines)]]
     worth = [["recipe", "best of ours", "of decoding alone", *(f"vs `{p}`" for p in PEERS)]]
-    for name in names:
-        of_name = {engine: chosen[name, engine] for engine in engines if (name, engine) in chosen}
-        rate = {engine: line["images_per_second"] for engine, line in of_name.items()}
-        ours = [engine for engine in OWN if engine in rate]
-        decode = next(
-            (
-                line["decode_images_per_second"]
-                for line in of_name.values()
-                if line["decode_images_per_second"]
-            ),
-            None,
-        )
-        shown = [
-            f"{rate[engine]:,.0f}"
-            if engine in rate
-            else "cannot"
-            if (name, engine) in cannot
-            else ""
-            for engine in engines
-        ]
-        rates.append([name, "" if decode is None else f"{decode:,.0f}", *shown])
-        if ours:
-            best = max(ours, key=lambda engine: rate[engine])
-            line = of_name[best]
-            share = line.get("decode_share") or (decode and rate[best] / decode)
-            times = line.get("times_peer", {})
-            factors = [
-                times.get(peer) or (rate[best] / rate[peer] if peer in rate else None)
-                for peer in PEERS
-            ]
-            worth.append(
-                [
-                    name,
-                    f"`{best}`",
-                    "" if not share else f"{share:.2f}",
-                    *("" if factor is None else f"{factor:.1f} x" for factor in factors),
-                ]
-            )
+    for speed in of_recipes:
+        decode = "" if speed.decode is None else f"{speed.decode:,.0f}"
+        rates.append([speed.recipe, decode, *(_rate(speed, engine) for engine in engines)])
+        if speed.best is not None:
+            share = "" if not speed.decode_share else f"{speed.decode_share:.2f}"
+            factors = [f"{speed.times[p]:.1f} x" if p in speed.times else "" for p in PEERS]
+            worth.append([speed.recipe, f"`{speed.best}`", share, *factors])
+    return "\n\n".join([markdown(_filled(rates)), markdown(_filled(worth)), _speed_note(lines)])
+
+
+def _rate(speed: Speed, engine: str) -> str:
+    if engine in speed.rates:
+        return f"{speed.rates[engine]:,.0f}"
+    return "cannot" if engine in speed.cannot else ""
+
+
+def _speed_note(lines: Sequence[Line]) -> str:
+    threads, last = max(line["threads"] for line in lines), _last(lines)
     plural = "s" if threads > 1 else ""
-    note = f"{threads} thread{plural}, batches of {last['batch_size']}. {_where(last)}"
-    return "\n\n".join([markdown(_filled(rates)), markdown(_filled(worth)), note])
+    return f"{threads} thread{plural}, batches of {last['batch_size']}. {_where(last)}"
+
+
+def peers_section(lines: Sequence[Line]) -> str:
+    """A row per recipe: our images per second, and how many times those of each peer they are."""
+    rows = [["recipe", "headrace", *(PEERS[peer] for peer in PEERS), "of decoding alone"]]
+    for speed in speeds(lines):
+        if speed.best is None:
+            continue
+        factors = [
+            f"{speed.times[peer]:.1f} x" if peer in speed.times
+            else "cannot" if peer in speed.cannot
+            else ""
+            for peer in PEERS
+        ]  # fmt: skip
+        share = f"{speed.decode_share:.0%}" if speed.decode_share else ""
+        rows.append([speed.recipe, f"{speed.rates[speed.best]:,.0f} images/s", *factors, share])
+    return "\n\n".join([markdown(_filled(rows)), _speed_note(lines)])
+
+
+def claim_section(lines: Sequence[Line]) -> str:
+    """What the first paragraph says of speed: the range over recipes, on what and when."""
+    compared = [speed for speed in speeds(lines) if "torchvision" in speed.times]
+    if not compared:
+        raise TableError("there is no row of torchvision to compare with")
+    times = sorted(speed.times["torchvision"] for speed in compared)
+    shares = sorted(speed.decode_share or 0 for speed in compared)
+    last = _last(lines)
+    return (
+        f"**{times[0]:.1f} to {times[-1]:.0f} times the images per second** of torchvision's "
+        f"transforms in a DataLoader, on the same {last['machine']['cores']} CPU cores, and "
+        f"{shares[0]:.0%} to {shares[-1]:.0%} of decoding the JPEGs and doing nothing else "
+        f"([measured](tools/benchmarks/README.md) {last['date'][:10]})."
+    )
 
 
 def costs_section(lines: Sequence[Line]) -> str:
@@ -257,55 +313,100 @@ def _newest(kind: str) -> Path | None:
     return max(BENCHMARKS.glob(f"*-{kind}.jsonl"), default=None)
 
 
+@dataclass(frozen=True)
+class Section:
+    """What stands between two markers. kind: of the file tools/benchmarks/<date>-<kind>.jsonl."""
+
+    name: str
+    kind: str
+    made: Callable[[Sequence[Line]], str]
+
+
+SECTIONS = (
+    Section("agreement", "agreement", agreement_section),
+    Section("claim", "speed", claim_section),
+    Section("peers", "speed", peers_section),
+    Section("speed", "speed", speed_section),
+    Section("costs", "costs", costs_section),
+    Section("methods", "methods", methods_section),
+)
+"""Those made of measurements; `recipes` is made of the code."""
+
+TOOLS = {
+    "agreement": "compare_engines.py",
+    "speed": "bench_pipeline.py",
+    "costs": "bench_pipeline.py --engine fused",
+    "methods": "bench_methods.py",
+}
+"""Kinds of files, and what writes them."""
+
+
+def rewritten(text: str, files: Mapping[str, Path | None]) -> str:
+    """A page with its tables made anew. files: by kind; None where there is none.
+
+    Raises TableError for a page or a file that no table can be made of.
+    """
+    if _marked(text, "recipes"):
+        text = replaced(text, "recipes", recipes_section())
+    for section in SECTIONS:
+        if not _marked(text, section.name):
+            continue
+        path = files[section.kind]
+        if path is None:
+            raise TableError(
+                f"a page shows {section.name}, and there is no file "
+                f"tools/benchmarks/<date>-{section.kind}.jsonl"
+            )
+        try:
+            text = replaced(text, section.name, section.made(read_lines(path)))
+        except (KeyError, TypeError) as error:
+            raise TableError(f"{path}: a line has no {error}") from error
+    return text
+
+
+def _marked(text: str, section: str) -> bool:
+    return f"<!-- {section} -->" in text or f"<!-- /{section} -->" in text
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
+    files = {kind: getattr(options, kind) for kind in TOOLS}
     try:
-        old = options.readme.read_text(encoding="utf-8")
-        text = replaced(old, "recipes", recipes_section())
-        sections: tuple[tuple[str, Path | None, Callable[[Sequence[Line]], str]], ...] = (
-            ("agreement", options.agreement, agreement_section),
-            ("speed", options.speed, speed_section),
-            ("costs", options.costs, costs_section),
-            ("methods", options.methods, methods_section),
-        )
-        for section, path, made in sections:
-            if path is None:
-                print(f"no {section}: there is no file tools/benchmarks/<date>-{section}.jsonl")
-                continue
-            try:
-                text = replaced(text, section, made(read_lines(path)))
-            except (KeyError, TypeError) as error:
-                raise TableError(f"{path}: a line has no {error}") from error
+        old = {page: page.read_text(encoding="utf-8") for page in options.page or PAGES}
+        new = {page: rewritten(text, files) for page, text in old.items()}
     except (TableError, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if text == old:
-        print(f"{options.readme} says what was measured")
-        return 0
-    if options.check:
-        print(f"{options.readme} differs; run tools/readme_tables.py", file=sys.stderr)
-        return 1
-    with atomic_file(options.readme) as file:
-        file.write(text.encode())
-    print(f"{options.readme} is rewritten")
-    return 0
+    differ = [page for page in new if new[page] != old[page]]
+    for page in differ:
+        if options.check:
+            print(f"{page} differs; run tools/make_tables.py", file=sys.stderr)
+        else:
+            with atomic_file(page) as file:
+                file.write(new[page].encode())
+            print(f"{page} is rewritten")
+    if not differ:
+        print(f"{len(new)} page{'s' * (len(new) > 1)} say{'s' * (len(new) == 1)} what was measured")
+    return 1 if differ and options.check else 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Write the measured tables into the README.",
+        description="Write the measured tables into the pages beside the code.",
         epilog="""examples:
-  python tools/readme_tables.py
-  python tools/readme_tables.py --agreement agreement.jsonl --check""",
+  python tools/make_tables.py
+  python tools/make_tables.py --agreement agreement.jsonl --check""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    for kind, tool in (
-        ("agreement", "compare_engines.py"),
-        ("speed", "bench_pipeline.py"),
-        ("costs", "bench_pipeline.py --engine fused"),
-        ("methods", "bench_methods.py"),
-    ):
+    parser.add_argument(
+        "--page",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="one page, may be repeated; by default all: "
+        + ", ".join(str(page.relative_to(ROOT)) for page in PAGES),
+    )
+    for kind, tool in TOOLS.items():
         parser.add_argument(
             f"--{kind}",
             type=Path,

@@ -1,4 +1,4 @@
-"""The README's tables: made of lines that are written here by hand."""
+"""The tables on the pages: made of lines that are written here by hand."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from headrace.tools import result_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
-tables: Any = import_module("headrace.tools.readme_tables")
+tables: Any = import_module("headrace.tools.make_tables")
 
 WHERE = {
     "date": "2026-11-22T09:00:00+00:00",
@@ -126,6 +126,27 @@ def test_speed_is_rates_and_what_the_best_of_ours_is_worth() -> None:
     assert "2 threads, batches of 64." in tables.speed_section(lines)
 
 
+def test_peers_are_times_of_the_best_of_ours() -> None:
+    lines = [
+        speed("dino", "fused", 520.0, decode_share=0.38, times_peer={"torchvision": 8.66}),
+        speed("dino", "torchvision", 60.0, cannot_express=["ffcv"]),
+        speed("mae", "fused", 1200.4, decode_share=0.8),
+        speed("mae", "torchvision", 600.2),
+        speed("mae", "ffcv", 1000.0),
+    ]
+    assert tables.peers_section(lines).splitlines()[:4] == [
+        "| recipe | headrace | vs torchvision's DataLoader | vs FFCV | of decoding alone |",
+        "| --- | --- | --- | --- | --- |",
+        "| dino | 520 images/s | 8.7 x | cannot | 38% |",
+        "| mae | 1,200 images/s | 2.0 x | 1.2 x | 80% |",
+    ]
+    said = tables.claim_section(lines)
+    assert said.startswith("**2.0 to 9 times the images per second** of torchvision's transforms")
+    assert "on the same 2 CPU cores, and 38% to 80% of decoding" in said
+    with pytest.raises(tables.TableError, match="no row of torchvision"):
+        tables.claim_section(lines[2:3])
+
+
 def test_costs_are_of_the_fused_engine_alone() -> None:
     costs = {
         "images_per_second_least": 500.0,
@@ -232,7 +253,7 @@ def test_the_readme_is_rewritten_whole_or_not_at_all(
     readme: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines, old = readme.with_name("lines.jsonl"), readme.read_text()
-    arguments = ["--readme", str(readme), "--agreement", str(lines)]
+    arguments = ["--page", str(readme), "--agreement", str(lines)]
     assert tables.main([*arguments, "--check"]) == 1
     assert readme.read_text() == old
     assert "differs" in capsys.readouterr().err
@@ -248,7 +269,7 @@ def test_the_readme_is_rewritten_whole_or_not_at_all(
 def test_methods_are_checked_where_the_readme_has_them(readme: Path) -> None:
     lines = readme.with_name("methods.jsonl")
     lines.write_text(json.dumps(method("byol", 0)) + "\n")
-    arguments = ["--readme", str(readme), "--methods", str(lines)]
+    arguments = ["--page", str(readme), "--methods", str(lines)]
     arguments += ["--agreement", str(readme.with_name("lines.jsonl"))]
     assert tables.main(arguments) == 0  # without markers for it
     readme.write_text(readme.read_text() + "<!-- methods -->\n<!-- /methods -->\n")
@@ -258,6 +279,23 @@ def test_methods_are_checked_where_the_readme_has_them(readme: Path) -> None:
     assert tables.main([*arguments, "--check"]) == 0
     lines.write_text(lines.read_text() + json.dumps(method("moco", 0)) + "\n")
     assert tables.main([*arguments, "--check"]) == 1
+
+
+@pytest.mark.dali
+def test_the_pages_say_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """Otherwise: python tools/make_tables.py."""
+    assert tables.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_a_page_that_shows_what_was_not_measured_is_refused(
+    readme: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(tables, "BENCHMARKS", tmp_path / "none")
+    assert tables.main(["--page", str(readme)]) == 2
+    assert "a page shows agreement, and there is no file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -270,6 +308,6 @@ def test_other_files_are_refused(
 ) -> None:
     lines, old = readme.with_name("lines.jsonl"), readme.read_text()
     lines.write_text(content)
-    assert tables.main(["--readme", str(readme), "--agreement", str(lines)]) == 2
+    assert tables.main(["--page", str(readme), "--agreement", str(lines)]) == 2
     assert sentence in capsys.readouterr().err
     assert readme.read_text() == old
