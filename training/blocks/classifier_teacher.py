@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.training.backbones import check_name
 from headrace.training.method import Facts
@@ -46,60 +47,73 @@ class ClassifierTeacher(nn.Module):
         super().__init__()
         self.network = network.requires_grad_(False).eval()
         self.pixels = pixels
-        own, theirs = (torch.tensor(pair).view(2, 3, 1, 1) for pair in (
-            (mean, std), (student_mean, student_std)
-        ))  # fmt: skip
-        # (x * their std + their mean - own mean) / own std
-        self.register_buffer("scale", theirs[1] / own[1], persistent=False)
-        self.register_buffer("shift", (theirs[0] - own[0]) / own[1], persistent=False)
+        teacher_mean, teacher_std, view_mean, view_std = (
+            torch.tensor(channels).view(3, 1, 1)
+            for channels in (mean, std, student_mean, student_std)
+        )
+        # (view * view_std + view_mean - teacher_mean) / teacher_std
+        self.register_buffer("scale", view_std / teacher_std, persistent=False)
+        self.register_buffer("shift", (view_mean - teacher_mean) / teacher_std, persistent=False)
 
-    def train(self, mode: bool = True) -> "ClassifierTeacher":  # noqa: ARG002
+    @override
+    def train(self, mode: bool = True) -> "ClassifierTeacher":
         return super().train(False)
 
     def digest(self) -> int:
         """Of its weights; not 0."""
-        known = hashlib.blake2b(digest_size=7)
+        weights = hashlib.blake2b(digest_size=7)
         for value in self.network.state_dict().values():
-            known.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return int.from_bytes(known.digest(), "little") + 1
+            weights.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return int.from_bytes(weights.digest(), "little") + 1
 
     @torch.no_grad()
     def forward(self, view: Tensor) -> Tensor:
-        seen = view * self.scale + self.shift
-        if seen.shape[-1] != self.pixels:
+        pictures = view * self.scale + self.shift
+        if pictures.shape[-1] != self.pixels:
             size = (self.pixels, self.pixels)
-            seen = F.interpolate(seen.float(), size, mode="bicubic", antialias=True)
-        return self.network(seen).float()
+            pictures = F.interpolate(pictures.float(), size, mode="bicubic", antialias=True)
+        return self.network(pictures).float()
 
 
 class LazyTeacher:
     """A teacher that is opened when first asked for, and not saved: it never changes.
 
-    So a run's encoder can be judged where its teacher is not. `digest` tells one from another.
+    So a run's encoder can be judged where its teacher is not. Of the teacher a checkpoint holds
+    its digest alone, in a buffer of the method, which tells one teacher from another. Arguments as
+    those of `open_teacher`.
     """
 
     def __init__(self, teacher: str, weights: Path | None, facts: Facts, option: str) -> None:
-        self._asked = teacher, weights, facts, option
+        self._teacher = teacher
+        self._weights = weights
+        self._facts = facts
+        self._option = option
         self._opened: ClassifierTeacher | None = None
+        self._checked = False
 
     def on(self, device: torch.device) -> ClassifierTeacher:
         """Raises ConfigError, as `open_teacher`."""
         if self._opened is None:
-            self._opened = open_teacher(*self._asked).to(device)
+            teacher = open_teacher(self._teacher, self._weights, self._facts, self._option)
+            self._opened = teacher.to(device)
         return self._opened
 
     def check(self, digest: Tensor) -> None:
-        """Writes the teacher's digest into `digest` (int64 scalar), if that is 0.
+        """Before each step: the first time, writes the teacher's digest into `digest` (int64
+        scalar), if that is 0.
 
         Raises ConfigError where another teacher's stands there: of the run that is continued.
         """
-        own = self.on(digest.device).digest()
-        if int(digest) not in (0, own):
+        if self._checked:
+            return
+        teacher_digest = self.on(digest.device).digest()
+        if int(digest) not in (0, teacher_digest):
             raise ConfigError(
-                f"{self._asked[3]} {self._asked[0]} has other weights than the teacher that this "
-                f"run began with"
+                f"{self._option} {self._teacher} has other weights than the teacher that this run "
+                f"began with"
             )
-        digest.fill_(own)
+        digest.fill_(teacher_digest)
+        self._checked = True
 
 
 def open_teacher(
@@ -112,11 +126,11 @@ def open_teacher(
     that is None, timm's own, which timm downloads. option: how the command line calls it.
     Raises ConfigError for what cannot be read, and where it knows other classes than the data set.
     """
-    given = Path(teacher).expanduser()
-    if given.is_dir():
+    run = Path(teacher).expanduser()
+    if run.is_dir():
         if weights is not None:
             raise ConfigError(f"{option} {teacher} is a run, which has its own weights")
-        return _from_run(given, facts, option)
+        return _from_run(run, facts, option)
     if "/" in teacher or teacher.startswith("."):
         raise ConfigError(f"{option} {teacher}: there is no such run, nor timm model")
     check_name(teacher)
@@ -132,8 +146,14 @@ def open_teacher(
         network = timm.create_model(teacher, num_classes=_classes_of(weights, teacher))
         _load(network, _read(weights), weights)
     config: dict[str, Any] = dict(network.pretrained_cfg or {})  # pyright: ignore
-    mean, std = tuple(config["mean"]), tuple(config["std"])
-    return _fitting(network, mean, std, int(config["input_size"][-1]), facts, f"{option} {teacher}")
+    return _fitting(
+        network,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        pixels=int(config["input_size"][-1]),
+        facts=facts,
+        name=f"{option} {teacher}",
+    )
 
 
 def _from_run(run: Path, facts: Facts, option: str) -> ClassifierTeacher:
@@ -153,21 +173,23 @@ def _from_run(run: Path, facts: Facts, option: str) -> ClassifierTeacher:
         raise ConfigError(f"{option} {run}: its config.json cannot be read: {error!r}") from error
     network = timm.create_model(name, num_classes=_classes_of(path, name), **options)
     _load(network, _read(path), path)
-    return _fitting(network, mean, std, pixels, facts, f"{option} {run}")
+    return _fitting(network, mean=mean, std=std, pixels=pixels, facts=facts, name=f"{option} {run}")
 
 
 def _fitting(
     network: nn.Module,
+    *,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     pixels: int,
     facts: Facts,
-    what: str,
+    name: str,
 ) -> ClassifierTeacher:
+    """Raises ConfigError where the network knows other classes. name: for a message to people."""
     classes = getattr(network, "num_classes", None)
     if classes != facts.num_classes:
         raise ConfigError(
-            f"{what} knows {classes} classes, and the data set has {facts.num_classes}: a teacher "
+            f"{name} knows {classes} classes, and the data set has {facts.num_classes}: a teacher "
             f"has to know the same ones"
         )
     return ClassifierTeacher(
@@ -211,11 +233,10 @@ def _classes_of(path: Path, name: str) -> int:
 def _load(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """By name, or in order where every tensor has the shape of its place (a port of the same
     network under other names)."""
-    own = network.state_dict()
-    if state.keys() != own.keys() and [v.shape for v in state.values()] == [
-        v.shape for v in own.values()
-    ]:
-        state = dict(zip(own, state.values(), strict=True))
+    places = network.state_dict()
+    shapes = [value.shape for value in state.values()]
+    if state.keys() != places.keys() and shapes == [value.shape for value in places.values()]:
+        state = dict(zip(places, state.values(), strict=True))
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -164,9 +164,9 @@ def _start(
     chosen = torch.randperm(total, generator=generator, device=generator.device)[:clusters]
     cluster_of = torch.full((total,), -1, device=features.device)
     cluster_of[chosen.to(features.device)] = torch.arange(clusters, device=features.device)
-    own = cluster_of[numbers]
+    started = cluster_of[numbers]  # by each of this rank's rows, -1 for most
     starts = features.new_zeros(clusters, features.shape[1])
-    starts[own[own >= 0]] = features[own >= 0]
+    starts[started[started >= 0]] = features[started >= 0]
     return sum_over_ranks(starts)
 
 

@@ -29,12 +29,12 @@ def masked_places(method: str, masks: Sequence[Mask | None], encoder: VisionTran
 
     Raises ConfigError where a global view has no mask, or one over other patches.
     """
-    found = [mask for mask in masks[:GLOBAL_VIEWS] if mask is not None]
-    if len(found) < GLOBAL_VIEWS:
+    global_masks = [mask for mask in masks[:GLOBAL_VIEWS] if mask is not None]
+    if len(global_masks) < GLOBAL_VIEWS:
         raise ConfigError(f"{method} needs masks on the augmentation's two global views")
-    for mask in found:
+    for mask in global_masks:
         require_patches(method, mask, encoder)
-    return max(most_masked(mask, encoder.patch_embed.num_patches) for mask in found)
+    return max(most_masked(mask, encoder.patch_embed.num_patches) for mask in global_masks)
 
 
 def teacher_tokens(teacher: VisionTransformer, batch: Batch) -> tuple[Tensor, Tensor]:

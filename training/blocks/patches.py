@@ -67,15 +67,15 @@ def as_pictures(
     if not normalized:
         return unpatchify(prediction.float(), rows), "as predicted"
     mean, deviation = patch_moments(patchify(pictures.float(), pictures.shape[2] // rows))
-    shown = unpatchify(prediction.float() * deviation + mean, rows)
-    return shown, "with each patch's true mean and deviation"
+    painted = unpatchify(prediction.float() * deviation + mean, rows)
+    return painted, "with each patch's true mean and deviation"
 
 
 def mask_over(method: str, mask: Tensor | None, patches: int) -> Tensor:
     """The mask, bool [B, patches]. Raises ConfigError for a batch without one, or another one."""
     if mask is None or mask.ndim != 2 or mask.shape[1] != patches:
-        found = "no mask" if mask is None else f"a mask over {mask.shape[-1]} patches"
-        raise ConfigError(f"{method} needs masks over {patches} patches, and the batch has {found}")
+        given = "no mask" if mask is None else f"a mask over {mask.shape[-1]} patches"
+        raise ConfigError(f"{method} needs masks over {patches} patches, and the batch has {given}")
     return mask
 
 
@@ -83,9 +83,9 @@ def random_mask(method: str, facts: Facts) -> RandomMask:
     """Of a run's one view. Raises ConfigError where it has another one, or more views."""
     mask = facts.masks[0] if len(facts.masks) == 1 else None
     if not isinstance(mask, RandomMask):
-        found = [None if mask is None else type(mask).__name__ for mask in facts.masks]
+        names = [None if mask is None else type(mask).__name__ for mask in facts.masks]
         raise ConfigError(
             f"{method} needs one view with a RandomMask, and the masks of the augmentation's views "
-            f"are {found}"
+            f"are {names}"
         )
     return mask

@@ -12,36 +12,21 @@ from headrace.training.schedules import linear
 def cross_view_entropy(student: Tensor, targets: Tensor, student_temperature: float) -> Tensor:
     """Cross-entropy H(P_t, P_s), mean over samples and over all pairs of two different views.
 
-    student: logits [V, B, K]; targets: distributions [T, B, K] of the first T of these views.
-    Returns a float32 scalar in nats: the sum over the T * (V - 1) pairs of their mean over samples,
-    divided by the number of pairs. The form that dino `main_dino.py`, `DINOLoss.forward`, and
-    dinov2 `ssl_meta_arch.py` share, each with its own targets.
+    student: logits [B, V, K]; targets: distributions [B, T, K] of the first T of these views, as
+    constants. Returns a float32 scalar in nats: the sum over the T * (V - 1) pairs of their mean
+    over samples, divided by the number of pairs. Eq. 3 and algorithm 1 of Caron et al. 2021; the
+    form that dino `main_dino.py`, `DINOLoss.forward`, dinov2 `ssl_meta_arch.py` and swav
+    `main_swav.py`, `train`, share, each with its own targets.
     """
-    log_predictions = (student.float() / student_temperature).log_softmax(dim=-1)
+    # Networks give one view after the other: with the views outermost nothing is copied.
+    views = student.transpose(0, 1)
+    log_predictions = (views.float() / student_temperature).log_softmax(dim=-1)
     total = student.new_zeros((), dtype=torch.float32)
     for view, log_prediction in enumerate(log_predictions):
-        others = [target for index, target in enumerate(targets) if index != view]
+        others = [target for index, target in enumerate(targets.unbind(1)) if index != view]
         if others:
             total = total - (torch.stack(others).sum(0) * log_prediction).sum(-1).mean()
-    return total / (len(targets) * (len(student) - 1))
-
-
-def dino_loss(
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor,
-    *,
-    student_temperature: float,
-    teacher_temperature: float,
-) -> Tensor:
-    """DINO's loss: `cross_view_entropy` with the centred and sharpened teacher as target.
-
-    student: logits [V, B, K]; teacher: logits [T, B, K] of the first T of these views, taken as
-    constant; center: [K]. Returns a scalar in nats. Eq. 3 and algorithm 1 of Caron et al. 2021;
-    dino `main_dino.py`, `DINOLoss.forward`.
-    """
-    targets = teacher_probabilities(teacher, center, teacher_temperature)
-    return cross_view_entropy(student, targets, student_temperature)
+    return total / (targets.shape[1] * (student.shape[1] - 1))
 
 
 def patch_loss(
@@ -62,7 +47,11 @@ def patch_loss(
 
 @torch.no_grad()
 def teacher_probabilities(teacher: Tensor, center: Tensor, temperature: float) -> Tensor:
-    """softmax((teacher - center) / temperature) over the last axis, float32, without gradient."""
+    """softmax((teacher - center) / temperature) over the last axis, float32, without gradient.
+
+    The centred and sharpened teacher, DINO's target: eq. 1 of Caron et al. 2021, with the centre of
+    section 3.1.
+    """
     return ((teacher.float() - center) / temperature).softmax(dim=-1)
 
 
@@ -78,10 +67,10 @@ def mean_masked_logits(parts: Iterable[tuple[Tensor, Tensor]], otherwise: Tensor
     """(logits [..., K], masked bool [...]) of each micro-batch -> [K]: the mean where masked is
     True, over all of these and all ranks; `otherwise` where it is True nowhere."""
     flat = [(masked.flatten().float(), logits.flatten(0, -2)) for logits, masked in parts]
-    sums = torch.stack([counted @ logits for counted, logits in flat]).sum(0)
-    count = torch.stack([counted.sum() for counted, _ in flat]).sum()
-    sums = sum_over_ranks(torch.cat([sums, count[None]]))
-    return torch.where(sums[-1] > 0, sums[:-1] / sums[-1], otherwise)
+    logit_sums = torch.stack([masked @ logits for masked, logits in flat]).sum(0)
+    masked_count = torch.stack([masked.sum() for masked, _ in flat]).sum()
+    totals = sum_over_ranks(torch.cat([logit_sums, masked_count[None]]))
+    return torch.where(totals[-1] > 0, totals[:-1] / totals[-1], otherwise)
 
 
 def warmed_up(time: int, warmup: int, start: float, end: float) -> float:

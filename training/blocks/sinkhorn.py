@@ -27,10 +27,10 @@ def sinkhorn(
     with torch.autocast(logits.device.type, enabled=False):
         codes = logits.float() / epsilon
         for _ in range(iterations):
-            seen = codes
+            rows = codes
             if counted is not None:
-                seen = codes.masked_fill(~counted[:, None], float("-inf"))
-            columns = gather_rows(seen.logsumexp(dim=0, keepdim=True)).logsumexp(dim=0)
+                rows = codes.masked_fill(~counted[:, None], float("-inf"))
+            columns = gather_rows(rows.logsumexp(dim=0, keepdim=True)).logsumexp(dim=0)
             # Where no row of any rank is counted, there is nothing to balance.
             columns = columns.masked_fill(columns.isneginf(), 0.0)
             codes = (codes - columns).log_softmax(dim=1)

@@ -38,10 +38,14 @@ def residual_network(method: str, make_encoder: MakeEncoder, **timm_options: obj
         raise ConfigError(f"{method} needs a timm ResNet (resnet*): {error}") from error
     if not isinstance(encoder, ResNet):
         raise ConfigError(f"{method} needs a timm ResNet (resnet*), not {type(encoder).__name__}")
-    known = (*MIXES_POSITIONS, *LEAVES_ZEROS, *DROPS, _BatchNorm)
+    supported = (*MIXES_POSITIONS, *LEAVES_ZEROS, *DROPS, _BatchNorm)
     for name, module in encoder.named_modules():
         leaf = not list(module.children())
-        if leaf and not name.startswith(("global_pool", "fc")) and not isinstance(module, known):
+        if (
+            leaf
+            and not name.startswith(("global_pool", "fc"))
+            and not isinstance(module, supported)
+        ):
             raise ConfigError(
                 f"{method} needs a ResNet of convolutions, batch norm and pooling, which can leave "
                 f"out what is hidden, and {name} is {type(module).__name__}"
@@ -116,8 +120,8 @@ def sparse(network: nn.Module, cells: VisibleCells) -> Iterator[None]:
     """Inside, the network sees visible cells alone; what it is given must be 0 in the others.
 
     Every output of a convolution, pooling or batch norm is 0 where nothing is seen, and batch norm
-    (any kind of it, over one rank or all) takes and gives visible positions as [B, C, n, 1]. The
-    network is for the one who made it sparse: nothing else may run it meanwhile.
+    (any kind of it, over one rank or all) takes and gives visible positions as [B, C, n, 1].
+    Nothing but the body of the `with` statement may run the network meanwhile.
     """
     sizes: list[tuple[int, int]] = []
 

@@ -11,8 +11,9 @@ def has_label(labels: Tensor, mixed: Mixed | None) -> Tensor:
     """bool [B]: whether every label that has a part in a sample is known, that is not -1."""
     if mixed is None:
         return labels >= 0
-    own = (labels >= 0) | (mixed.weights == 0)
-    return own & ((mixed.labels >= 0) | (mixed.weights == 1))
+    first_is_known = (labels >= 0) | (mixed.weights == 0)
+    partner_is_known = (mixed.labels >= 0) | (mixed.weights == 1)
+    return first_is_known & partner_is_known
 
 
 def soft_targets(

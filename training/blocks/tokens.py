@@ -99,9 +99,9 @@ def embed_patches(
 
 def run_blocks(blocks: nn.Module, tokens: Tensor, counted: Tensor | None = None) -> Tensor:
     """[B, n, D] -> [B, n, D]; no token looks at those of which counted (bool [B, n]) is False."""
-    seen = None if counted is None else counted[:, None, None, :]
+    attended = None if counted is None else counted[:, None, None, :]
     for block in blocks.children():
-        tokens = block(tokens, attn_mask=seen)
+        tokens = block(tokens, attn_mask=attended)
     return tokens
 
 

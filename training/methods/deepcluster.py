@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -52,21 +53,24 @@ def uniform_over_clusters(assignments: Tensor, generator: torch.Generator) -> Te
 
     assignments: int64 [N] by id, -1 for ids that take no part; n of them do. Of C clusters with
     members each gives n // C + 1 ids, distinct if it has more than that and drawn independently
-    otherwise; what is beyond n is dropped after shuffling. deepcluster `util.py`,
+    otherwise; all are shuffled, and the first n of them kept. deepcluster `util.py`,
     `UnifLabelSampler`. On the CPU.
     """
-    known = (assignments >= 0).nonzero()[:, 0]
-    clusters = assignments[known]
-    mixed = torch.randperm(len(known), generator=generator)
-    members = known[mixed[clusters[mixed].argsort(stable=True)]]  # by cluster, randomly in each
+    ids = (assignments >= 0).nonzero()[:, 0]
+    clusters = assignments[ids]
+    shuffled = torch.randperm(len(ids), generator=generator)
+    by_cluster = shuffled[clusters[shuffled].argsort(stable=True)]
+    members = ids[by_cluster]  # one cluster after the other, each in a random order
     counts = clusters.bincount()
     counts = counts[counts > 0]
-    share = len(known) // len(counts) + 1
+    first_members = counts.cumsum(0) - counts
+    share = len(ids) // len(counts) + 1
     numbers = torch.rand(len(counts), share, dtype=torch.float64, generator=generator)
-    repeating = (numbers * counts[:, None]).long()
-    places = torch.where(counts[:, None] > share, torch.arange(share), repeating)
-    drawn = members[(counts.cumsum(0) - counts)[:, None] + places].flatten()
-    return drawn[torch.randperm(len(drawn), generator=generator)[: len(known)]]
+    with_repetition = (numbers * counts[:, None]).long()
+    without = torch.arange(share)
+    places = torch.where(counts[:, None] > share, without, with_repetition)
+    drawn = members[first_members[:, None] + places].flatten()
+    return drawn[torch.randperm(len(drawn), generator=generator)[: len(ids)]]
 
 
 def normalized_mutual_information(first: Tensor, second: Tensor) -> Tensor:
@@ -75,10 +79,12 @@ def normalized_mutual_information(first: Tensor, second: Tensor) -> Tensor:
     Section 4.1 of the paper. 0 where one of them has a single cluster or there are no images.
     """
     _, pairs = torch.stack([first, second]).unique(dim=1, return_counts=True)
-    counts = (first.bincount(), second.bincount(), pairs)
-    entropies = [torch.special.entr(c.double() / len(first)).sum() for c in counts]
-    information = entropies[0] + entropies[1] - entropies[2]
-    scale = (entropies[0] * entropies[1]).sqrt()
+    first_entropy, second_entropy, joint_entropy = (
+        torch.special.entr(counts.double() / len(first)).sum()
+        for counts in (first.bincount(), second.bincount(), pairs)
+    )
+    information = first_entropy + second_entropy - joint_entropy
+    scale = (first_entropy * second_entropy).sqrt()
     return torch.where(scale > 0, information / scale, 0).clamp(min=0).float()
 
 
@@ -96,49 +102,53 @@ class DeepCluster(Method):
         self.assignments = RowMemory(torch.full((samples,), -1))
         self.register_buffer("nmi", torch.zeros(()))
 
+    @override
     @torch.no_grad()
     def before_epoch(self, context: Context, progress: Progress) -> None:
         """New clusters of all images, and a classifier that knows none of them."""
         ids, features = whole_share(context.features(self.encoder))
-        _, assigned = kmeans(
+        _, clusters = kmeans(
             whiten(features, self.options.pca_dim),
             self.options.clusters,
             iterations=self.options.kmeans_iterations,
             generator=progress.generator("k-means"),
             ids=ids,
         )
-        before, now = self.assignments.rows, table_by_id(ids, assigned, len(self.assignments))
-        both = (before >= 0) & (now >= 0)
-        self.nmi.copy_(normalized_mutual_information(before[both], now[both]))
+        before = self.assignments.rows
+        now = table_by_id(ids, clusters, len(self.assignments))
+        in_both = (before >= 0) & (now >= 0)
+        self.nmi.copy_(normalized_mutual_information(before[in_both], now[in_both]))
         before.copy_(now)
         weight = self.top_layer.weight
         weight.copy_(0.01 * torch.randn(weight.shape, generator=progress.generator("top layer")))
         self.top_layer.bias.zero_()
 
+    @override
     def order_table(self, progress: Progress) -> Tensor:
         """Each cluster as often as any other."""
         generator = progress.epoch_start.generator("uniform over clusters")
         return uniform_over_clusters(self.assignments.rows.cpu(), generator)
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "logits" [B, clusters]."""
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Scores "logits" [B, clusters]."""
         return {"logits": self.top_layer(self.encoder(batch.views[0]))}
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         """Eq. 2. "nmi": with the clusters of the epoch before, 0 in the first one."""
-        logits, clusters = embeddings["logits"].float(), self.assignments(batch.ids)
-        found = logits.argmax(dim=1) == clusters
+        logits = embeddings["logits"].float()
+        clusters = self.assignments(batch.ids)
+        hits = logits.argmax(dim=1) == clusters
         return {
             "loss": F.cross_entropy(logits, clusters),
-            "cluster_found": found.float().mean(),
+            "cluster_found": hits.float().mean(),
             "nmi": self.nmi.clone(),
         }
 
+    @override
     def param_groups(self) -> list[dict[str, object]]:
         return [
             {"params": list(self.encoder.parameters()), "decay": True},
@@ -166,8 +176,11 @@ def _mmselfsup() -> Augmentation:
         ColorJitter(0.4, 0.4, 1.0, 0.5),
         Grayscale(0.2),
     )
-    left_out = "no rotation by up to 2 degrees, which mmselfsup puts after the flip"
-    return Augmentation("deepcluster_mmselfsup", (View("view", ops),), deviations=(left_out,))
+    return Augmentation(
+        "deepcluster_mmselfsup",
+        (View("view", ops),),
+        deviations=("no rotation by up to 2 degrees, which mmselfsup puts after the flip",),
+    )
 
 
 _OPTIM = Optim(

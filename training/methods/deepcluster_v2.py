@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -60,19 +61,19 @@ class Objective:
 
 
 def deepcluster_v2_loss(
-    logits: Tensor, assignments: Tensor, temperature: float, known: Tensor | None = None
+    logits: Tensor, assignments: Tensor, temperature: float, assigned: Tensor | None = None
 ) -> Tensor:
     """Cross-entropy of every view with its sample's cluster; mean over heads, samples and views.
 
     logits: cosines [n, V, H, K] with the prototypes of H heads; assignments: int64 [n, H], -1 where
-    a sample has none, which then counts for nothing in that head. known: [H], how many samples have
-    one, by default those given here; over ranks, the mean of their numbers makes the mean of their
-    losses the global one. Scalar in nats, float32; 0 where nothing is known. swav
+    a sample has none, which then counts for nothing in that head. assigned: [H], how many samples
+    have one, by default those given here; over ranks, the mean of their numbers makes the mean of
+    their losses the global one. Scalar in nats, float32; 0 where no sample has one. swav
     `main_deepclusterv2.py`, `train`.
     """
     views = logits.shape[1]
-    if known is None:
-        known = (assignments >= 0).sum(0)
+    if assigned is None:
+        assigned = (assignments >= 0).sum(0)
     targets = assignments[:, None].expand(-1, views, -1)
     with torch.autocast(logits.device.type, enabled=False):
         losses = F.cross_entropy(
@@ -81,7 +82,7 @@ def deepcluster_v2_loss(
             ignore_index=-1,
             reduction="none",
         )
-    return (losses.sum((0, 1)) / torch.where(known > 0, known * views, 1)).mean()
+    return (losses.sum((0, 1)) / torch.where(assigned > 0, assigned * views, 1)).mean()
 
 
 class DeepClusterV2(Method):
@@ -93,14 +94,14 @@ class DeepClusterV2(Method):
         super().__init__()
         self.options = options
         self.encoder = make_encoder()
-        dim, heads = options.projection_dim, options.heads
-        width = feature_dim(self.encoder)
+        width, dim, heads = feature_dim(self.encoder), options.projection_dim, options.heads
         self.projection = Mlp(width, options.hidden_dim, dim, last_bias=True)
         self.register_buffer("prototypes", torch.zeros(heads, options.num_prototypes, dim))
         # Embeddings of length 1; zeros for samples that were never seen.
         self.memory = RowMemory(torch.zeros(samples, GLOBAL_VIEWS, dim))
         self.assignments = RowMemory(torch.full((samples, heads), -1))
 
+    @override
     @torch.no_grad()
     def before_epoch(self, context: Context, progress: Progress) -> None:
         """New clusters of what was last embedded, which before the first epoch is done here."""
@@ -114,7 +115,7 @@ class DeepClusterV2(Method):
             )
         ids = seen.tensor_split(world_size())[rank()]
         for head in range(self.options.heads):
-            centroids, assigned = kmeans(
+            centroids, clusters = kmeans(
                 self.memory(ids)[:, head % GLOBAL_VIEWS],
                 self.options.num_prototypes,
                 iterations=self.options.kmeans_iterations,
@@ -124,7 +125,7 @@ class DeepClusterV2(Method):
                 ids=ids,
             )
             self.prototypes[head] = centroids
-            self.assignments.rows[:, head] = table_by_id(ids, assigned, len(self.memory))
+            self.assignments.rows[:, head] = table_by_id(ids, clusters, len(self.memory))
 
     def _fill(self, context: Context) -> None:
         """The memory of an encoder that has seen nothing.
@@ -132,50 +133,51 @@ class DeepClusterV2(Method):
         Without the statistics of a batch the embeddings of all pictures are nearly the same, and so
         would be the prototypes; around their mean they are not.
         """
-        filled = torch.zeros_like(self.memory.rows[:, 0])
-        count = filled.new_zeros(())
+        rows = torch.zeros_like(self.memory.rows[:, 0])
+        count = rows.new_zeros(())
         network = nn.Sequential(self.encoder, self.projection)
         for ids, projected in context.features(network, GLOBAL_NAME):
-            filled[ids] = F.normalize(projected, dim=-1)
+            rows[ids] = F.normalize(projected, dim=-1)
             count += len(ids)
-        mean = sum_over_ranks(filled.sum(0)) / sum_over_ranks(count)
-        filled = sum_over_ranks(filled)
-        centred = F.normalize(filled - mean, dim=-1)
-        seen = filled.any(-1, keepdim=True)
+        mean = sum_over_ranks(rows.sum(0)) / sum_over_ranks(count)
+        rows = sum_over_ranks(rows)
+        centred = F.normalize(rows - mean, dim=-1)
+        seen = rows.any(-1, keepdim=True)
         self.memory.rows.copy_(torch.where(seen, centred, 0)[:, None].expand_as(self.memory.rows))
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "embedding" [B, V, D] of length 1, float32."""
-        features = torch.cat([self.encoder(x) for _, x in by_size(batch.views)])
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Float32 "embedding" [B, V, D] of length 1."""
+        features = torch.cat([self.encoder(pictures) for _, pictures in by_size(batch.views)])
         z = F.normalize(self.projection(features).float(), dim=-1)
         return {"embedding": z.unflatten(0, (-1, len(batch))).transpose(0, 1)}
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
-        z, heads = embeddings["embedding"], self.options.heads
+        z = embeddings["embedding"]
         with torch.autocast(z.device.type, enabled=False):
-            logits = F.linear(z, self.prototypes.flatten(0, 1)).unflatten(-1, (heads, -1))
+            logits = F.linear(z, self.prototypes.flatten(0, 1))
+        logits = logits.unflatten(-1, (self.options.heads, -1))
         assignments = self.assignments(batch.ids)
-        known = mean_over_ranks((assignments >= 0).sum(0).float())
-        loss = deepcluster_v2_loss(logits, assignments, self.options.temperature, known)
-        found = logits.argmax(-1) == assignments[:, None]
-        return {"loss": loss, "cluster_found": found.float().mean()}
+        assigned = mean_over_ranks((assignments >= 0).sum(0).float())
+        hits = logits.argmax(-1) == assignments[:, None]
+        return {
+            "loss": deepcluster_v2_loss(logits, assignments, self.options.temperature, assigned),
+            "cluster_found": hits.float().mean(),
+        }
 
+    @override
     def after_step(
-        self,
-        embeddings: list[dict[str, Tensor]],
-        batches: list[Batch],
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: list[dict[str, Tensor]], batches: list[Batch], progress: Progress
     ) -> None:
         """The memory takes in the global views of all ranks and micro-batches."""
-        local = torch.cat([entry["embedding"][:, :GLOBAL_VIEWS] for entry in embeddings])
+        global_views = torch.cat([entry["embedding"][:, :GLOBAL_VIEWS] for entry in embeddings])
         ids = torch.cat([batch.ids for batch in batches])
-        self.memory.write(gather_rows(ids), gather_rows(local))
+        self.memory.write(gather_rows(ids), gather_rows(global_views))
 
+    @override
     def param_groups(self) -> list[dict[str, object]]:
         """The code's: weight decay and the rescaling of LARC reach every parameter."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "decay": True}]

@@ -26,16 +26,21 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
-from headrace.training.backbones import with_classifier
+from headrace.training.blocks.classifier import (
+    classifier_export,
+    held_out_hits,
+    labelled_per_rank,
+    top1_share,
+)
 from headrace.training.blocks.classifier_teacher import LazyTeacher
 from headrace.training.blocks.drop_path import key_drop_paths, set_keys
 from headrace.training.blocks.heads import feature_dim
-from headrace.training.blocks.targets import agreement, cross_entropy, has_label
+from headrace.training.blocks.targets import cross_entropy
 from headrace.training.blocks.weight_decay import token_free_groups
-from headrace.training.collectives import mean_over_ranks
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
 from headrace.training.preset import ConfigError, Optim, Preset
 
@@ -78,8 +83,11 @@ def distillation_loss(
         case "hard":
             return F.cross_entropy(student, teacher.argmax(dim=1))
         case "soft":
-            own, told = ((logits / temperature).log_softmax(1) for logits in (student, teacher))
-            divergence = F.kl_div(own, told, reduction="batchmean", log_target=True)
+            student_logs = (student / temperature).log_softmax(dim=1)
+            teacher_logs = (teacher / temperature).log_softmax(dim=1)
+            divergence = F.kl_div(
+                student_logs, teacher_logs, reduction="batchmean", log_target=True
+            )
             divergence = divergence * temperature**2
             return divergence / student.shape[1] if soft_scale == "code" else divergence
         case _:
@@ -110,12 +118,10 @@ class Deit(Method):
             options.teacher, options.teacher_weights, facts, "--objective.teacher"
         )
         self.register_buffer("teacher_digest", torch.zeros((), dtype=torch.int64))
-        self._teacher_checked = False
 
-    def before_step(self, progress: Progress) -> None:  # noqa: ARG002
-        if not self._teacher_checked:
-            self._teacher.check(self.teacher_digest)
-            self._teacher_checked = True
+    @override
+    def before_step(self, progress: Progress) -> None:
+        self._teacher.check(self.teacher_digest)
 
     def classify(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, H, W] -> logits [B, C] of the classifier and of what distillation trains."""
@@ -125,6 +131,7 @@ class Deit(Method):
         logits = self.classifier(self.encoder(pictures))
         return logits, logits
 
+    @override
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Logits [B, C]: "logits", "distilled" and the "teacher"'s."""
         set_keys(self.encoder, batch.ids, [0], progress)
@@ -132,19 +139,20 @@ class Deit(Method):
         teacher = self._teacher.on(logits.device)(batch.views[0])
         return {"logits": logits, "distilled": distilled, "teacher": teacher}
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
-        options, labels, mixed = self.options, batch.labels, batch.mixed
-        labelled = mean_over_ranks(has_label(labels, mixed).sum().float())
+        options, labelled = self.options, labelled_per_rank(batch)
         logits, teacher = embeddings["logits"], embeddings["teacher"]
-        told = cross_entropy(
-            logits, labels, mixed, smoothing=options.label_smoothing, labelled=labelled
+        label_loss = cross_entropy(
+            logits,
+            batch.labels,
+            batch.mixed,
+            smoothing=options.label_smoothing,
+            labelled=labelled,
         )
-        taught = distillation_loss(
+        teacher_loss = distillation_loss(
             embeddings["distilled"],
             teacher,
             options.distillation,
@@ -152,29 +160,27 @@ class Deit(Method):
             options.soft_scale,
         )
         share = options.distillation_weight
-        one = torch.where(labelled > 0, labelled, 1)
         return {
-            "loss": (1 - share) * told + share * taught,
-            "distillation": taught,
-            "train_top1": agreement(logits, labels, mixed) / one,
-            "teacher_top1": agreement(teacher, labels, mixed) / one,
+            "loss": (1 - share) * label_loss + share * teacher_loss,
+            "distillation": teacher_loss,
+            "train_top1": top1_share(logits, batch, labelled),
+            "teacher_top1": top1_share(teacher, batch, labelled),
         }
 
+    @override
     def param_groups(self) -> list[dict[str, object]]:
         return token_free_groups(self, self.encoder)
 
+    @override
     def exports(self) -> dict[str, dict[str, Tensor]]:
-        classifier = with_classifier(self.encoder, *self._heads)
-        return super().exports() | ({"classifier": classifier} if classifier else {})
+        return {**super().exports(), **classifier_export(self.encoder, *self._heads)}
 
+    @override
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        """ "top1", "top5": bool [L], of the heads' mean, for the L samples that have a label."""
+        """Hits "top1", "top5": bool [L], of the heads' mean, for the L samples with a label."""
         logits = torch.stack(self.classify(batch.views[0])).float().mean(0)
-        known = batch.labels >= 0
-        nearest = logits.topk(min(5, logits.shape[1]), dim=1).indices[known]
-        hits = nearest == batch.labels[known, None]
-        return {"top1": hits[:, 0], "top5": hits.any(dim=1)}
+        return held_out_hits(logits, batch.labels)
 
 
 def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Deit:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -25,7 +26,7 @@ from headrace.training.blocks.drop_path import key_drop_paths, set_keys
 from headrace.training.blocks.heads import feature_dim
 from headrace.training.blocks.self_distillation import (
     clip_each,
-    dino_loss,
+    cross_view_entropy,
     mean_logits,
     teacher_probabilities,
     warmed_up,
@@ -88,59 +89,63 @@ class Dino(Method):
         drop_path = {"drop_path_rate": options.drop_path} if options.drop_path else {}
         self.student = key_drop_paths(make_encoder(**drop_path))
         self.encoder = make_encoder()
-        sizes = options.hidden_dim, options.bottleneck_dim, options.out_dim
-        learn = not options.normalize_prototypes
-        self.student_head = DinoHead(feature_dim(self.student), *sizes, learn_lengths=learn)
-        self.teacher_head = DinoHead(feature_dim(self.encoder), *sizes, learn_lengths=learn)
+        self.student_head = self._head(feature_dim(self.student))
+        self.teacher_head = self._head(feature_dim(self.encoder))
         start_equal(self.encoder, self.student)
         start_equal(self.teacher_head, self.student_head)
         self.register_buffer("center", torch.zeros(options.out_dim))
 
+    def _head(self, in_dim: int) -> DinoHead:
+        return DinoHead(
+            in_dim,
+            hidden_dim=self.options.hidden_dim,
+            bottleneck_dim=self.options.bottleneck_dim,
+            out_dim=self.options.out_dim,
+            learn_lengths=not self.options.normalize_prototypes,
+        )
+
+    @override
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Logits "student" [B, V, K] of all views and "teacher" [B, 2, K] of the global ones."""
         with torch.no_grad():
-            features = [self.encoder(x) for _, x in by_size(batch.views[:GLOBAL_VIEWS])]
+            features = [
+                self.encoder(pictures) for _, pictures in by_size(batch.views[:GLOBAL_VIEWS])
+            ]
             teacher = self.teacher_head(torch.cat(features))
         features = []
-        for views, x in by_size(batch.views):
+        for views, pictures in by_size(batch.views):
             set_keys(self.student, batch.ids, views, progress)
-            features.append(self.student(x))
+            features.append(self.student(pictures))
         student = self.student_head(torch.cat(features))
         return {
             "student": student.unflatten(0, (-1, len(batch))).transpose(0, 1),
             "teacher": teacher.unflatten(0, (-1, len(batch))).transpose(0, 1),
         }
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,  # noqa: ARG002
-        progress: Progress,
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         temperature = teacher_temperature(self.options, progress.epoch)
-        loss = dino_loss(
-            embeddings["student"].transpose(0, 1),
-            embeddings["teacher"].transpose(0, 1),
-            self.center,
-            student_temperature=self.options.student_temperature,
-            teacher_temperature=temperature,
-        )
-        # A collapse shows as 0 (one prototype for all) or as log K (all prototypes alike).
         targets = teacher_probabilities(embeddings["teacher"], self.center, temperature)
-        return {"loss": loss, "teacher_entropy": torch.special.entr(targets).sum(-1).mean()}
+        student_temperature = self.options.student_temperature
+        return {
+            "loss": cross_view_entropy(embeddings["student"], targets, student_temperature),
+            # A collapse shows as 0 (one prototype for all) or as log K (all prototypes alike).
+            "teacher_entropy": torch.special.entr(targets).sum(-1).mean(),
+        }
 
+    @override
     def after_backward(self, progress: Progress) -> None:
         """Clips each parameter's gradient by itself; drops those of frozen prototypes."""
         clip_each([*self.student.parameters(), *self.student_head.parameters()], self.options.clip)
         if progress.epoch < self.options.freeze_last_layer_epochs:
             self.student_head.prototypes.drop_gradients()
 
+    @override
     @torch.no_grad()
     def after_step(
-        self,
-        embeddings: list[dict[str, Tensor]],
-        batches: list[Batch],  # noqa: ARG002
-        progress: Progress,
+        self, embeddings: list[dict[str, Tensor]], batches: list[Batch], progress: Progress
     ) -> None:
         """Eq. 4: the centre follows the mean teacher logits of all ranks and micro-batches."""
         momentum = cosine(progress.fraction, self.options.teacher_momentum, 1.0)

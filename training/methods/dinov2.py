@@ -7,9 +7,10 @@ Sinkhorn-Knopp or a centre balances, and KoLeo, which spreads the batch. Costs a
 As in the code: centres move after the loss, that of patches over masked ones alone; backbone and
 heads are clipped each as a whole; deeper layers learn slower. Deviations: KoLeo and Sinkhorn-Knopp
 look at the batch of all ranks (the code's KoLeo at one GPU's); logits are computed where a mask may
-be, and in float32 under autocast; drop path is keyed by sample (the code drops a
-fixed share of a batch); frozen prototypes gather no moments; timm resizes positions with antialias
-for small views; a centre is the mean over all ranks' patches. Epochs are passes over the data set.
+be, and in float32 under autocast; drop path's coins are independent and keyed by sample (the code
+drops a fixed share of a batch); frozen prototypes gather no moments; timm resizes positions with
+antialiasing for small views; patches are centred by their mean over all ranks, not the mean of the
+ranks' means. Epochs are passes over the data set; the code's are 1250 steps.
 """
 
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typing import Literal
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -31,7 +33,7 @@ from headrace.training.blocks.layer_decay import decayed_groups
 from headrace.training.blocks.sinkhorn import sinkhorn
 from headrace.training.blocks.teacher import follow, start_equal
 from headrace.training.blocks.tokens import take, vision_transformer
-from headrace.training.blocks.views import require_global_views
+from headrace.training.blocks.views import GLOBAL_VIEWS, require_global_views
 from headrace.training.collectives import gather_with_gradient, rank
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
 from headrace.training.preset import Optim, Preset
@@ -93,18 +95,28 @@ class Dinov2(Method):
         set_drop_paths(self.student.blocks, options.drop_path)
         width = self.student.embed_dim
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-
-        def heads() -> nn.ModuleList:
-            sizes = options.hidden_dim, options.bottleneck_dim, options.out_dim
-            count = 1 + options.separate_heads
-            return nn.ModuleList(DinoHead(width, *sizes, learn_lengths=True) for _ in range(count))
-
-        self.student_heads, self.teacher_heads = heads(), heads()
+        self.student_heads = self._heads(width)
+        self.teacher_heads = self._heads(width)
         start_equal(self.encoder, self.student)
         start_equal(self.teacher_heads, self.student_heads)
         self.register_buffer("center", torch.zeros(options.out_dim))
         self.register_buffer("patch_center", torch.zeros(options.out_dim))
 
+    def _heads(self, in_dim: int) -> nn.ModuleList:
+        """Of class tokens, and of patch tokens where they have one of their own."""
+        options = self.options
+        return nn.ModuleList(
+            DinoHead(
+                in_dim,
+                hidden_dim=options.hidden_dim,
+                bottleneck_dim=options.bottleneck_dim,
+                out_dim=options.out_dim,
+                learn_lengths=True,
+            )
+            for _ in range(2 if options.separate_heads else 1)
+        )
+
+    @override
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Logits of class tokens, "student" [B, V, K] of all views and "teacher" [B, 2, K]; of
         patches at n places of the global views, "student_patch" and "teacher_patch" [B, 2, n, K];
@@ -113,54 +125,79 @@ class Dinov2(Method):
         masked, _ = masked_views.places(batch, self.places)
         with torch.no_grad():
             classes, patches = masked_views.teacher_tokens(self.encoder, batch)
-            found = {"teacher": self.teacher_heads[0](classes)}
-            found["teacher_patch"] = self.teacher_heads[-1](take(patches, masked))
+            outputs = {
+                "teacher": self.teacher_heads[0](classes),
+                "teacher_patch": self.teacher_heads[-1](take(patches, masked)),
+            }
         classes, patches = masked_views.student_tokens(
             self.student, self.mask_token, batch, progress
         )
-        found["student"] = self.student_heads[0](classes)
-        found["student_patch"] = self.student_heads[-1](take(patches, masked))
-        found["features"] = classes[: 2 * len(batch)]
-        return {name: masked_views.by_sample(tokens, batch) for name, tokens in found.items()}
+        outputs["student"] = self.student_heads[0](classes)
+        outputs["student_patch"] = self.student_heads[-1](take(patches, masked))
+        outputs["features"] = classes[: GLOBAL_VIEWS * len(batch)]
+        return {name: masked_views.by_sample(rows, batch) for name, rows in outputs.items()}
 
+    @override
     def objective(
         self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
-        options, temperature = self.options, self.teacher_temperature(progress)
+        options = self.options
+        temperature = self.teacher_temperature(progress)
+        targets = self.targets(embeddings["teacher"], self.center, temperature)
+        class_loss = losses.cross_view_entropy(
+            embeddings["student"], targets, options.student_temperature
+        )
         masked = masked_views.counted(batch, self.places)
-        target = self.target(embeddings["teacher"], self.center, temperature)
-        student, target = embeddings["student"].transpose(0, 1), target.transpose(0, 1)
-        class_loss = losses.cross_view_entropy(student, target, options.student_temperature)
-        target = self.target(embeddings["teacher_patch"], self.patch_center, temperature, masked)
-        student = embeddings["student_patch"]
-        masked_loss = losses.patch_loss(student, target, masked, options.student_temperature)
-        features, first_row = embeddings["features"], rank() * len(batch)
-        pairs = zip(features.unbind(1), gather_with_gradient(features).unbind(1), strict=True)
-        koleo = torch.stack([koleo_loss(own, all_, first_row) for own, all_ in pairs]).sum()
-        loss = options.class_weight * class_loss + options.patch_weight * masked_loss
+        patch_targets = self.targets(
+            embeddings["teacher_patch"], self.patch_center, temperature, masked
+        )
+        patch_loss = losses.patch_loss(
+            embeddings["student_patch"], patch_targets, masked, options.student_temperature
+        )
+        koleo = self.koleo(embeddings["features"])
+        loss = options.class_weight * class_loss + options.patch_weight * patch_loss
         return {
             "loss": loss + options.koleo_weight * koleo,
             "class_loss": class_loss,
-            "patch_loss": masked_loss,
+            "patch_loss": patch_loss,
             "koleo_loss": koleo,
         }
 
     def teacher_temperature(self, progress: Progress) -> float:
+        """Linear from the first step to the last one of the warm-up, then constant."""
         options = self.options
-        steps = round(options.warmup_teacher_temperature_epochs * progress.steps_per_epoch)
-        limits = options.warmup_teacher_temperature, options.teacher_temperature
-        return losses.warmed_up(progress.step, steps, *limits)
+        return losses.warmed_up(
+            progress.step,
+            round(options.warmup_teacher_temperature_epochs * progress.steps_per_epoch),
+            options.warmup_teacher_temperature,
+            options.teacher_temperature,
+        )
 
-    def target(
+    def targets(
         self, logits: Tensor, center: Tensor, temperature: float, masked: Tensor | None = None
     ) -> Tensor:
         """The teacher's logits [..., K] as distributions. masked: bool [...], those that count."""
         if self.options.centering == "mean":
             return losses.teacher_probabilities(logits, center, temperature)
-        rows = None if masked is None else masked.flatten()
-        balance = {"epsilon": temperature, "iterations": self.options.sinkhorn_iterations}
-        return sinkhorn(logits.flatten(0, -2), **balance, counted=rows).view_as(logits)
+        codes = sinkhorn(
+            logits.flatten(0, -2),
+            epsilon=temperature,
+            iterations=self.options.sinkhorn_iterations,
+            counted=None if masked is None else masked.flatten(),
+        )
+        return codes.view_as(logits)
 
+    def koleo(self, features: Tensor) -> Tensor:
+        """Sum over the global views [B, 2, D], each compared with the batch of all ranks."""
+        first_row = rank() * len(features)
+        everyone = gather_with_gradient(features)
+        terms = [
+            koleo_loss(view, view_of_everyone, first_row)
+            for view, view_of_everyone in zip(features.unbind(1), everyone.unbind(1), strict=True)
+        ]
+        return torch.stack(terms).sum()
+
+    @override
     def after_backward(self, progress: Progress) -> None:
         """Clips backbone and heads, each by its own norm; drops gradients of frozen prototypes."""
         backbone = [*self.student.parameters(), self.mask_token]
@@ -172,6 +209,7 @@ class Dinov2(Method):
                 if isinstance(module, Prototypes):
                     module.drop_gradients()
 
+    @override
     @torch.no_grad()
     def after_step(
         self, embeddings: list[dict[str, Tensor]], batches: list[Batch], progress: Progress
@@ -182,17 +220,25 @@ class Dinov2(Method):
         follow(self.teacher_heads.parameters(), self.student_heads.parameters(), momentum)
         if options.centering == "mean":
             rate = 1 - options.center_momentum
-            self.center.lerp_(losses.mean_logits(entry["teacher"] for entry in embeddings), rate)
+            class_mean = losses.mean_logits(entry["teacher"] for entry in embeddings)
+            self.center.lerp_(class_mean, rate)
             patches = (
                 (entry["teacher_patch"], masked_views.counted(batch, self.places))
                 for entry, batch in zip(embeddings, batches, strict=True)
             )
-            self.patch_center.lerp_(losses.mean_masked_logits(patches, self.patch_center), rate)
+            patch_mean = losses.mean_masked_logits(patches, otherwise=self.patch_center)
+            self.patch_center.lerp_(patch_mean, rate)
 
+    @override
     def param_groups(self) -> list[dict[str, object]]:
         """By layer of the backbone: the deeper below the heads, the slower."""
-        scales = self.options.layer_decay, self.options.patch_embed_scale
-        return decayed_groups(self, "student.", len(self.student.blocks), *scales)
+        return decayed_groups(
+            self,
+            prefix="student.",
+            depth=len(self.student.blocks),
+            decay=self.options.layer_decay,
+            patch_embed_scale=self.options.patch_embed_scale,
+        )
 
 
 def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Dinov2:

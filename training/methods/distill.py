@@ -18,14 +18,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
-from headrace.training.backbones import with_classifier
+from headrace.training.blocks.classifier import classifier_export, labelled_per_rank
 from headrace.training.blocks.classifier_teacher import LazyTeacher
 from headrace.training.blocks.heads import feature_dim
-from headrace.training.blocks.targets import cross_entropy, has_label
-from headrace.training.collectives import mean_over_ranks
+from headrace.training.blocks.targets import cross_entropy
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
 from headrace.training.preset import ConfigError, Optim, Preset
 
@@ -66,46 +66,42 @@ class Distill(Method):
         nn.init.zeros_(self.classifier.bias)
         self._teacher = LazyTeacher(str(facts.init), None, facts, "--init")
         self.register_buffer("teacher_digest", torch.zeros((), dtype=torch.int64))
-        self._teacher_checked = False
 
-    def before_step(self, progress: Progress) -> None:  # noqa: ARG002
-        if not self._teacher_checked:
-            self._teacher.check(self.teacher_digest)
-            self._teacher_checked = True
+    @override
+    def before_step(self, progress: Progress) -> None:
+        self._teacher.check(self.teacher_digest)
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Logits [B, C]: the student's "logits" and the "teacher"'s."""
         logits = self.classifier(self.encoder(batch.views[0]))
         return {"logits": logits, "teacher": self._teacher.on(logits.device)(batch.views[0])}
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
-        logits, teacher, share = (
-            embeddings["logits"],
-            embeddings["teacher"],
-            self.options.label_weight,
-        )
+        logits, teacher = embeddings["logits"], embeddings["teacher"]
         loss = imitation_loss(logits, teacher, self.options.temperature)
+        share = self.options.label_weight
         if share > 0:
-            labelled = mean_over_ranks(has_label(batch.labels, batch.mixed).sum().float())
-            told = cross_entropy(logits, batch.labels, batch.mixed, labelled=labelled)
-            loss = (1 - share) * loss + share * told
-        agrees = (logits.argmax(1) == teacher.argmax(1)).float().mean()
-        return {"loss": loss, "agrees_with_teacher": agrees}
+            labelled = labelled_per_rank(batch)
+            label_loss = cross_entropy(logits, batch.labels, batch.mixed, labelled=labelled)
+            loss = (1 - share) * loss + share * label_loss
+        agreements = logits.argmax(dim=1) == teacher.argmax(dim=1)
+        return {"loss": loss, "agrees_with_teacher": agreements.float().mean()}
 
+    @override
     def exports(self) -> dict[str, dict[str, Tensor]]:
-        classifier = with_classifier(self.encoder, self.classifier)
-        return super().exports() | ({"classifier": classifier} if classifier else {})
+        return {**super().exports(), **classifier_export(self.encoder, self.classifier)}
 
+    @override
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        """ "top1": bool [L], for the L samples of the batch that have a label."""
-        logits, known = self.classifier(self.encoder(batch.views[0])), batch.labels >= 0
-        return {"top1": logits.argmax(1)[known] == batch.labels[known]}
+        """Hits "top1": bool [L], for the L samples of the batch that have a label."""
+        logits = self.classifier(self.encoder(batch.views[0]))
+        labelled = batch.labels >= 0
+        return {"top1": logits.argmax(dim=1)[labelled] == batch.labels[labelled]}
 
 
 def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Distill:

@@ -6,10 +6,11 @@ tokens agree between views, patch tokens within a view. Dense features become mu
 DINO's, for the same number of passes.
 
 As in the code: both centres move after the loss, that of patches over all patches, masked or not;
-temperatures move per epoch; each parameter is clipped alone. Deviations: where the head is shared,
-both networks share it (the code's default lets the teacher alone do so); logits are computed where
-a mask may be, not everywhere, and in float32 under autocast; drop path is keyed by sample; timm
-resizes positions with antialiasing for small views. ViTs alone, no Swin.
+temperatures move per epoch; each parameter is clipped alone; frozen prototypes, having no gradient,
+see no weight decay either. Deviations: where the head is shared, both networks share it (the code's
+default lets the teacher alone do so); logits are computed where a mask may be, not everywhere, and
+in float32 under autocast; drop path is keyed by sample; timm resizes positions with antialiasing
+for small views. ViTs alone, no Swin.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -74,17 +76,42 @@ class Objective:
     """Student only."""
 
 
+def teacher_temperatures(objective: Objective, epoch: int) -> tuple[float, float]:
+    """Of class tokens and of patch tokens, each linear over the warm-up, then constant."""
+    warmup_epochs = objective.warmup_teacher_temperature_epochs
+    class_temperature = losses.warmed_up(
+        epoch,
+        warmup_epochs,
+        objective.warmup_teacher_temperature,
+        objective.teacher_temperature,
+    )
+    patch_temperature = losses.warmed_up(
+        epoch,
+        warmup_epochs,
+        objective.warmup_teacher_patch_temperature,
+        objective.teacher_patch_temperature,
+    )
+    return class_temperature, patch_temperature
+
+
 class IbotHead(nn.Module):
     """A `DinoHead`, and prototypes for patch tokens: the same ones or others of the same MLP."""
 
     def __init__(self, options: Objective, in_dim: int) -> None:
         super().__init__()
-        learn = not options.normalize_prototypes
-        width, out_dim = options.bottleneck_dim, options.out_dim
-        self.classes = DinoHead(in_dim, options.hidden_dim, width, out_dim, learn_lengths=learn)
+        learn_lengths = not options.normalize_prototypes
+        self.classes = DinoHead(
+            in_dim,
+            hidden_dim=options.hidden_dim,
+            bottleneck_dim=options.bottleneck_dim,
+            out_dim=options.out_dim,
+            learn_lengths=learn_lengths,
+        )
         self.patch_prototypes = self.classes.prototypes
         if not options.shared_head:
-            self.patch_prototypes = Prototypes(width, options.patch_out_dim, learn_lengths=learn)
+            self.patch_prototypes = Prototypes(
+                options.bottleneck_dim, options.patch_out_dim, learn_lengths=learn_lengths
+            )
 
 
 class Ibot(Method):
@@ -96,8 +123,9 @@ class Ibot(Method):
     def __init__(self, options: Objective, make_encoder: MakeEncoder, facts: Facts) -> None:
         super().__init__()
         self.options = options
-        drop_path = {"drop_path_rate": options.drop_path}
-        self.student = vision_transformer("ibot", make_encoder, fc_norm=False, **drop_path)
+        self.student = vision_transformer(
+            "ibot", make_encoder, fc_norm=False, drop_path_rate=options.drop_path
+        )
         self.encoder = vision_transformer("ibot", make_encoder, fc_norm=False)
         self.places = masked_views.masked_places("ibot", facts.masks, self.student)
         key_drop_paths(self.student)
@@ -111,6 +139,7 @@ class Ibot(Method):
         patch_out_dim = self.teacher_head.patch_prototypes.out_features
         self.register_buffer("patch_center", torch.zeros(patch_out_dim))
 
+    @override
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Logits of class tokens, "student" [B, V, K] of all views and "teacher" [B, 2, K]; of
         patches, "student_patch" and "teacher_patch" [B, 2, n, K] at n places of the global views,
@@ -121,7 +150,7 @@ class Ibot(Method):
             classes, patches = masked_views.teacher_tokens(self.encoder, batch)
             head = self.teacher_head
             directions = head.classes.directions(patches)
-            found = {
+            logits = {
                 "teacher": head.classes(classes),
                 "teacher_patch": head.patch_prototypes(take(directions, masked)),
                 "teacher_patch_mean": head.patch_prototypes(directions.mean(dim=1)),
@@ -131,44 +160,38 @@ class Ibot(Method):
         )
         head = self.student_head
         directions = head.classes.directions(take(patches, masked))
-        found["student"] = head.classes(classes)
-        found["student_patch"] = head.patch_prototypes(directions)
-        return {name: masked_views.by_sample(logits, batch) for name, logits in found.items()}
+        logits["student"] = head.classes(classes)
+        logits["student_patch"] = head.patch_prototypes(directions)
+        return {name: masked_views.by_sample(rows, batch) for name, rows in logits.items()}
 
+    @override
     def objective(
         self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         options = self.options
-        temperature, patch_temperature = (
-            losses.warmed_up(progress.epoch, options.warmup_teacher_temperature_epochs, *limits)
-            for limits in (
-                (options.warmup_teacher_temperature, options.teacher_temperature),
-                (options.warmup_teacher_patch_temperature, options.teacher_patch_temperature),
-            )
-        )
+        temperature, patch_temperature = teacher_temperatures(options, progress.epoch)
         targets = losses.teacher_probabilities(embeddings["teacher"], self.center, temperature)
         class_loss = losses.cross_view_entropy(
-            embeddings["student"].transpose(0, 1),
-            targets.transpose(0, 1),
-            options.student_temperature,
+            embeddings["student"], targets, options.student_temperature
         )
-        masked_loss = losses.patch_loss(
+        patch_targets = losses.teacher_probabilities(
+            embeddings["teacher_patch"], self.patch_center, patch_temperature
+        )
+        patch_loss = losses.patch_loss(
             embeddings["student_patch"],
-            losses.teacher_probabilities(
-                embeddings["teacher_patch"], self.patch_center, patch_temperature
-            ),
+            patch_targets,
             masked_views.counted(batch, self.places),
             options.student_temperature,
         )
-        # A collapse shows as 0 (one prototype for all) or as log K (all prototypes alike).
-        entropy = torch.special.entr(targets).sum(-1).mean()
         return {
-            "loss": options.class_weight * class_loss + options.patch_weight * masked_loss,
+            "loss": options.class_weight * class_loss + options.patch_weight * patch_loss,
             "class_loss": class_loss,
-            "patch_loss": masked_loss,
-            "teacher_entropy": entropy,
+            "patch_loss": patch_loss,
+            # A collapse shows as 0 (one prototype for all) or as log K (all prototypes alike).
+            "teacher_entropy": torch.special.entr(targets).sum(-1).mean(),
         }
 
+    @override
     def after_backward(self, progress: Progress) -> None:
         """Clips each parameter's gradient by itself; drops those of frozen prototypes."""
         losses.clip_each((p for p in self.parameters() if p.requires_grad), self.options.clip)
@@ -176,21 +199,20 @@ class Ibot(Method):
             self.student_head.classes.prototypes.drop_gradients()
             self.student_head.patch_prototypes.drop_gradients()
 
+    @override
     @torch.no_grad()
     def after_step(
-        self,
-        embeddings: list[dict[str, Tensor]],
-        batches: list[Batch],  # noqa: ARG002
-        progress: Progress,
+        self, embeddings: list[dict[str, Tensor]], batches: list[Batch], progress: Progress
     ) -> None:
         """Centres follow the mean teacher logits of all ranks and micro-batches."""
         momentum = cosine(progress.fraction, self.options.teacher_momentum, 1.0)
         follow(self.encoder.parameters(), self.student.parameters(), momentum)
         follow(self.teacher_head.parameters(), self.student_head.parameters(), momentum)
         rate = 1 - self.options.center_momentum
-        self.center.lerp_(losses.mean_logits(entry["teacher"] for entry in embeddings), rate)
-        mean = losses.mean_logits(entry["teacher_patch_mean"] for entry in embeddings)
-        self.patch_center.lerp_(mean, rate)
+        class_mean = losses.mean_logits(entry["teacher"] for entry in embeddings)
+        self.center.lerp_(class_mean, rate)
+        patch_mean = losses.mean_logits(entry["teacher_patch_mean"] for entry in embeddings)
+        self.patch_center.lerp_(patch_mean, rate)
 
 
 def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Ibot:

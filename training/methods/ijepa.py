@@ -24,6 +24,7 @@ from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -58,8 +59,8 @@ class Objective:
     teacher_momentum: float = 0.996
     """At the start; reaches 1 on a straight line. Smaller for short runs."""
     context_share: float = 0.4
-    """Of all patches, that a context has at most; longer ones, which groups of 64 samples hardly
-    ever have, are cut in row-major order. More costs time for every batch."""
+    """The largest share of all patches that a context has; longer ones, which groups of 64 samples
+    hardly ever have, are cut in row-major order. More costs time for every batch."""
 
 
 def feature_loss(prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
@@ -118,31 +119,32 @@ class Ijepa(Method):
         self.options = options
         self.context_encoder = vision_transformer("ijepa", make_encoder, **BACKBONE_OPTIONS)
         self.encoder = vision_transformer("ijepa", make_encoder, **BACKBONE_OPTIONS)
-        encoder = self.context_encoder
-        require_patches("ijepa", mask, encoder)
-        fix_positions(encoder)
-        start_equal(self.encoder, encoder)
-        grid = encoder.patch_embed.grid_size
-        self.predictor = Predictor(options, encoder.embed_dim, grid)
+        require_patches("ijepa", mask, self.context_encoder)
+        fix_positions(self.context_encoder)
+        start_equal(self.encoder, self.context_encoder)
+        grid = self.context_encoder.patch_embed.grid_size
+        self.predictor = Predictor(options, self.context_encoder.embed_dim, grid)
         self.context_places = max(1, int(options.context_share * math.prod(grid)))
         self.target_places = largest_target(mask, grid[0])
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "prediction" and "target" [B, n, D] of the places of all blocks, padding included."""
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Features "prediction" and "target" [B, n, D] of all blocks' places, padding included."""
         assert isinstance(self.encoder, VisionTransformer)
+        pictures = batch.views[0]
         (context, context_counted), (blocks, blocks_counted) = self.places(batch)
-        targets = len(blocks) // len(batch)
         with torch.no_grad():
-            tokens = encode_tokens(self.encoder, embed_patches(self.encoder, batch.views[0]))
+            tokens = encode_tokens(self.encoder, embed_patches(self.encoder, pictures))
             features = F.layer_norm(tokens, tokens.shape[-1:])
             prefix = self.encoder.num_prefix_tokens
             target = take(features[:, prefix:], blocks.reshape(len(batch), -1))
-        counted = [context_counted.repeat_interleave(targets, dim=0), blocks_counted]
+        blocks_per_sample = len(blocks) // len(batch)
+        context_of_blocks = context_counted.repeat_interleave(blocks_per_sample, dim=0)
         prediction = self.predictor(
-            self.encode(batch.views[0], context, context_counted),
+            self.encode(pictures, context, context_counted),
             context,
             blocks,
-            torch.cat(counted, dim=1),
+            torch.cat([context_of_blocks, blocks_counted], dim=1),
         )
         return {"prediction": prediction.reshape(target.shape), "target": target}
 
@@ -162,24 +164,23 @@ class Ijepa(Method):
         context = masked_patches(~mask[:, 0], self.context_places)
         return context, masked_patches(mask[:, 1:].flatten(0, 1), self.target_places)
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
-        target, (_, counted) = embeddings["target"], self.places(batch)[1]
-        loss = feature_loss(embeddings["prediction"], target, counted.reshape(target.shape[:2]))
-        # A collapse shows as 0: the same features everywhere.
-        deviation = target.float().flatten(0, 1).std(dim=0).mean()
-        return {"loss": loss, "target_deviation": deviation}
+        target = embeddings["target"]
+        _, (_, counted) = self.places(batch)
+        counted = counted.reshape(target.shape[:2])
+        return {
+            "loss": feature_loss(embeddings["prediction"], target, counted),
+            # A collapse shows as 0: the same features everywhere.
+            "target_deviation": target.float().flatten(0, 1).std(dim=0).mean(),
+        }
 
+    @override
     @torch.no_grad()
     def after_step(
-        self,
-        embeddings: list[dict[str, Tensor]],  # noqa: ARG002
-        batches: list[Batch],  # noqa: ARG002
-        progress: Progress,
+        self, embeddings: list[dict[str, Tensor]], batches: list[Batch], progress: Progress
     ) -> None:
         momentum = linear(progress.fraction, self.options.teacher_momentum, 1.0)
         follow(self.encoder.parameters(), self.context_encoder.parameters(), momentum)
@@ -241,7 +242,11 @@ PRESETS = {
         batch_size=64,
         epochs=10,
         objective=Objective(
-            32, predictor_depth=2, predictor_heads=2, teacher_momentum=0.998, context_share=0.6
+            predictor_dim=32,
+            predictor_depth=2,
+            predictor_heads=2,
+            teacher_momentum=0.998,
+            context_share=0.6,
         ),
         notes="Not from the paper: patches of 4 pixels, sized for two CPU cores.",
     ),

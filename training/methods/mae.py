@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -113,12 +114,13 @@ class Mae(Method):
         prefix = encoder.num_prefix_tokens
         self.decoder = Decoder(options, encoder.embed_dim, self.grid, prefix, self.patch**2 * 3)
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "prediction" [B, N, patch * patch * 3] of every patch's pixels."""
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Pixels "prediction" [B, N, patch * patch * 3] of every patch."""
         return {"prediction": self.predict(batch)}
 
     def predict(self, batch: Batch) -> Tensor:
-        """[B, N, patch * patch * 3]."""
+        """[B, N, patch * patch * 3]: what every patch's pixels are taken to be."""
         mask = self._mask(batch)
         kept = kept_patches(mask, mask.shape[1] - self.removed)
         return self.decoder(self.encode(batch.views[0], kept), kept)
@@ -131,11 +133,9 @@ class Mae(Method):
         prefix, patches = tokens.tensor_split([encoder.num_prefix_tokens], dim=1)
         return encode_tokens(encoder, torch.cat([prefix, take(patches, kept)], dim=1))
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         mask = self._mask(batch)
         target = patchify(batch.views[0].float(), self.patch)

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -60,17 +61,20 @@ class Objective:
     """Consecutive samples that share batch norm's statistics, as in moco; 0: all of the batch."""
 
 
-def compared(own: Tensor, negatives: int, random: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def compared(clusters: Tensor, negatives: int, random: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A batch's own prototypes, int64 [B] among K, and `negatives` of the others, or all of them.
 
-    random: uniform [K]; the others with the largest are taken. Returns the prototypes' numbers
-    int64 [C], whether they are there for the first time, and the places of the batch's own in [K].
+    clusters: which ones its samples belong to. random: uniform [K]; the others with the largest
+    numbers are taken. Returns the numbers of C prototypes int64 [C], whether each is there for the
+    first time bool [C], and the place of each prototype among the batch's own int64 [K], B for
+    those that are not.
     """
-    places, clusters = torch.arange(len(own), device=own.device), len(random)
-    place_of = places.new_full((clusters,), len(own)).scatter_reduce(0, own, places, "amin")
-    keys, others = random.index_fill(0, own, -1.0).topk(min(negatives, clusters))
-    first = torch.cat([place_of[own] == places, keys >= 0])
-    return torch.cat([own, others]), first, place_of
+    places = torch.arange(len(clusters), device=clusters.device)
+    absent = places.new_full((len(random),), len(clusters))
+    place_of = absent.scatter_reduce(0, clusters, places, "amin")
+    keys, others = random.index_fill(0, clusters, -1.0).topk(min(negatives, len(random)))
+    first = torch.cat([place_of[clusters] == places, keys >= 0])
+    return torch.cat([clusters, others]), first, place_of
 
 
 def proto_nce(
@@ -89,13 +93,15 @@ def proto_nce(
     return F.cross_entropy(logits, target), logits.argmax(dim=1) == target
 
 
-def concentrations(distances: Tensor, own: Tensor, clusters: int, temperature: float) -> Tensor:
+def concentrations(
+    distances: Tensor, assignments: Tensor, clusters: int, temperature: float
+) -> Tensor:
     """phi, float32 [K], of each sample's distance to its centroid [n] and its cluster int64 [n].
 
     Eq. 12 with alpha 10; the largest for clusters of one or none; clipped to the 10th and 90th
     percentile, scaled to a mean of `temperature`. Over all ranks; pcl `main_pcl.py`, `run_kmeans`.
     """
-    sums, counts = cluster_sums(distances, own, clusters)
+    sums, counts = cluster_sums(distances, assignments, clusters)
     phi = torch.where(counts > 1, sums / counts / (counts + 10.0).log(), 0)
     phi = torch.where(counts > 1, phi, phi.max())
     phi = phi.clamp(phi.quantile(0.1), phi.quantile(0.9))
@@ -122,9 +128,11 @@ class Pcl(Method):
         self.prototypes = RowMemory(torch.zeros(sum(options.clusters), dim))
         self.assignments = RowMemory(torch.full((samples, len(options.clusters)), -1))
 
+    @override
     def param_groups(self) -> list[dict[str, object]]:
         return [{"params": [p for p in self.parameters() if p.requires_grad], "decay": True}]
 
+    @override
     @torch.no_grad()
     def before_epoch(self, context: Context, progress: Progress) -> None:
         """The E-step."""
@@ -135,7 +143,7 @@ class Pcl(Method):
         ids, features = whole_share(context.features(network))
         features = F.normalize(features, dim=1)
         for number, rows in enumerate(self.prototypes.rows.split(options.clusters)):
-            centroids, assigned = kmeans(
+            centroids, clusters = kmeans(
                 features,
                 len(rows),
                 iterations=options.kmeans_iterations,
@@ -143,48 +151,58 @@ class Pcl(Method):
                 generator=progress.generator(f"k-means {number}"),
                 ids=ids,
             )
-            distances = (features - centroids[assigned]).norm(dim=1)
-            phi = concentrations(distances, assigned, len(rows), options.temperature)
+            distances = (features - centroids[clusters]).norm(dim=1)
+            phi = concentrations(distances, clusters, len(rows), options.temperature)
             rows.copy_(F.normalize(centroids, dim=1) / phi[:, None])
-            self.assignments.rows[:, number] = table_by_id(ids, assigned, len(self.assignments))
+            self.assignments.rows[:, number] = table_by_id(ids, clusters, len(self.assignments))
 
-    def before_step(self, progress: Progress) -> None:  # noqa: ARG002
+    @override
+    def before_step(self, progress: Progress) -> None:
         """MoCo's eq. 2, before this step's keys are made."""
         momentum = self.options.teacher_momentum
         follow(self.key_encoder.parameters(), self.encoder.parameters(), momentum)
         follow(self.key_projection.parameters(), self.projection.parameters(), momentum)
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "query" [B, D] of the first view, "key" [B, D] of the second, not normalised."""
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Not normalised: "query" [B, D] of the first view, "key" [B, D] of the second."""
         with torch.no_grad():
             key = self.key_projection(self.key_encoder(batch.views[1]))
         return {"query": self.projection(self.encoder(batch.views[0])), "key": key}
 
+    @override
     def objective(
         self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         query, key, options = embeddings["query"], embeddings["key"].detach(), self.options
-        loss, found = queue_info_nce(query, key, self.queue.rows, options.temperature)
-        outputs = {"loss": loss, "key_found": found.float().mean()}
+        loss, key_hits = queue_info_nce(query, key, self.queue.rows, options.temperature)
+        outputs = {"loss": loss, "key_found": key_hits.float().mean()}
         if progress.epoch < options.warmup_epochs:
             return outputs
-        own, results = self.assignments(batch.ids), []
-        everyone = gather_rows(own)
+        clusters = self.assignments(batch.ids)
+        clusters_of_everyone = gather_rows(clusters)
+        outcomes = []
         for number, rows in enumerate(self.prototypes.rows.split(options.clusters)):
             generator = progress.generator(f"negatives {number}", query.device)
             random = torch.rand(len(rows), generator=generator, device=query.device)
-            numbers, first, place_of = compared(everyone[:, number], options.negatives, random)
-            term, found = proto_nce(query, rows[numbers], first, place_of[own[:, number]])
-            results.append(torch.stack([term, found.float().mean()]))
-        proto, found = torch.stack(results).mean(dim=0).unbind()
-        return {**outputs, "loss": loss + proto, "proto_nce": proto, "prototype_found": found}
+            prototypes, first, place_of = compared(
+                clusters_of_everyone[:, number], options.negatives, random
+            )
+            target = place_of[clusters[:, number]]
+            term, hits = proto_nce(query, rows[prototypes], first, target)
+            outcomes.append(torch.stack([term, hits.float().mean()]))
+        prototype_loss, hit_rate = torch.stack(outcomes).mean(dim=0).unbind()
+        return {
+            **outputs,
+            "loss": loss + prototype_loss,
+            "proto_nce": prototype_loss,
+            "prototype_found": hit_rate,
+        }
 
+    @override
     @torch.no_grad()
     def after_step(
-        self,
-        embeddings: list[dict[str, Tensor]],
-        batches: list[Batch],  # noqa: ARG002
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: list[dict[str, Tensor]], batches: list[Batch], progress: Progress
     ) -> None:
         """The queue takes the batch's keys."""
         keys = gather_rows(torch.cat([entry["key"] for entry in embeddings]))
@@ -199,11 +217,15 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Pcl:
             raise ConfigError(f"pcl needs {what}")
 
     sizes, batch, samples = facts.view_pixels, facts.batch_size, facts.train_samples
-    most, queue = max(objective.clusters, default=0), objective.queue_size
+    most_clusters, queue = max(objective.clusters, default=0), objective.queue_size
     need(len(sizes) == 2 and len(set(sizes)) == 1, f"two views of one size, not {list(sizes)}")
-    need(0 < most <= samples, f"clusterings into 1 to {samples} clusters (--objective.clusters)")
+    need(
+        0 < most_clusters <= samples,
+        f"clusterings into 1 to {samples} clusters (--objective.clusters)",
+    )
     need(queue >= batch and queue % batch == 0, f"a queue of {batch} keys or a multiple of that")
-    method, group = Pcl(objective, make_encoder, samples), objective.batch_norm_group
+    method = Pcl(objective, make_encoder, samples)
+    group = objective.batch_norm_group
     if group and group_norms(method.encoder, group, interleaved=False):
         require_groups("pcl", batch, group)
         group_norms(method.key_encoder, group, interleaved=True)

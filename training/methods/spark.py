@@ -20,6 +20,7 @@ from typing import cast
 import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -60,9 +61,10 @@ class Densify(nn.Module):
         self.token = nn.Parameter(
             nn.init.trunc_normal_(torch.empty(channels), 0, 0.02, -0.02, 0.02)
         )
-        same = kernel == 1 and channels == width
+        # Made in any case: the random numbers of what is made after it do not depend on widths.
         convolution = nn.Conv2d(channels, width, kernel, padding=kernel // 2)
-        self.projection = nn.Identity() if same else convolution
+        fits = kernel == 1 and channels == width
+        self.projection = nn.Identity() if fits else convolution
 
     def forward(self, x: Tensor, cells: VisibleCells) -> Tensor:
         with sparse(self.norm, cells):
@@ -93,12 +95,12 @@ class Decoder(nn.Module):
     """Maps of several resolutions, added on the way up, -> pixels; a U-Net's one half.
 
     channels: of the encoder's maps by scale, of which scale s has 2^s times the resolution of the
-    last one, 0. steps: how often the resolution is doubled.
+    last one, 0. doublings: how often the resolution is doubled.
     """
 
-    def __init__(self, channels: Mapping[int, int], width: int, steps: int) -> None:
+    def __init__(self, channels: Mapping[int, int], width: int, doublings: int) -> None:
         super().__init__()
-        widths = [width >> step for step in range(steps + 1)]
+        widths = [width >> doubling for doubling in range(doublings + 1)]
         self.upscale = nn.ModuleList(map(Upscale, widths, widths[1:]))
         self.pixels = nn.Conv2d(widths[-1], 3, kernel_size=1)
         for module in self.modules():
@@ -126,8 +128,10 @@ class Decoder(nn.Module):
 
 
 class Spark(Method):
-    """The encoder and the decoder; no state across steps. side: of the grid of cells; removed: of
-    them, in each sample."""
+    """The encoder and the decoder; no state across steps.
+
+    side: cells of a row of the grid, and rows; removed: hidden cells of each sample.
+    """
 
     def __init__(
         self, options: Objective, encoder: ResNet, side: int, cell_pixels: int, removed: int
@@ -138,18 +142,22 @@ class Spark(Method):
         self.side = side
         self.removed = removed
         self.stages = stages(encoder, cell_pixels)
-        channels = {s: int(encoder.feature_info[i]["num_chs"]) for s, i in self.stages.items()}
-        steps = cell_pixels.bit_length() - 1
-        decoder = Decoder(channels, options.decoder_dim, steps)
+        channels = {
+            scale: int(encoder.feature_info[index]["num_chs"])
+            for scale, index in self.stages.items()
+        }
+        doublings = cell_pixels.bit_length() - 1
+        decoder = Decoder(channels, options.decoder_dim, doublings)
         self.decoder = decoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
+    @override
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """ "prediction" [B, N, patch * patch * 3] of every cell's pixels."""
+        """Pixels "prediction" [B, N, cell * cell * 3] of every cell."""
         set_keys(self.encoder, batch.ids, [0], progress)
         return {"prediction": self.predict(batch)}
 
     def predict(self, batch: Batch) -> Tensor:
-        """[B, N, patch * patch * 3]."""
+        """[B, N, cell * cell * 3]: what every cell's pixels are taken to be."""
         pictures, mask = batch.views[0], self._mask(batch)
         kept = kept_patches(mask, mask.shape[1] - self.removed)
         cells = VisibleCells(kept, (self.side, self.side))
@@ -160,18 +168,16 @@ class Spark(Method):
         """[B, 3, H, W] -> the maps of the decoder's scales, 0 where nothing is seen."""
         encoder = self.encoder
         assert isinstance(encoder, ResNet)
-        seen = pictures * cells.map(pictures.shape[2], pictures.shape[3], pictures.dtype)
+        visible = pictures * cells.map(pictures.shape[2], pictures.shape[3], pictures.dtype)
         with sparse(encoder, cells):
             indices = sorted(self.stages.values())
-            maps = encoder.forward_intermediates(seen, indices=indices, intermediates_only=True)
-        found = cast("list[Tensor]", maps)
-        return dict(zip(sorted(self.stages, reverse=True), found, strict=True))
+            maps = encoder.forward_intermediates(visible, indices=indices, intermediates_only=True)
+        scales = sorted(self.stages, reverse=True)
+        return dict(zip(scales, cast("list[Tensor]", maps), strict=True))
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         mask, pictures = self._mask(batch), batch.views[0].float()
         target = normalize_patches(patchify(pictures, pictures.shape[2] // self.side))
@@ -187,11 +193,15 @@ class Spark(Method):
 
 
 def stages(encoder: ResNet, cell_pixels: int) -> dict[int, int]:
-    """The encoder's map by scale: the last one of each resolution."""
+    """Scale -> index of the encoder's map of that scale: the last one of its resolution."""
     reductions = [info["reduction"] for info in encoder.feature_info]
-    scales = {reduction: index for index, reduction in enumerate(reductions)}
-    wanted = {scale: cell_pixels / 2**scale for scale in range(SCALES)}
-    return {scale: scales[size] for scale, size in wanted.items() if size in scales}
+    last_index = {reduction: index for index, reduction in enumerate(reductions)}
+    reduction_of = {scale: cell_pixels / 2**scale for scale in range(SCALES)}
+    return {
+        scale: last_index[reduction]
+        for scale, reduction in reduction_of.items()
+        if reduction in last_index
+    }
 
 
 def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Spark:

@@ -11,15 +11,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
-from headrace.training.backbones import with_classifier
+from headrace.training.blocks.classifier import (
+    classifier_export,
+    held_out_hits,
+    labelled_per_rank,
+    top1_share,
+)
 from headrace.training.blocks.drop_path import key_drop_paths, set_keys
 from headrace.training.blocks.heads import feature_dim
-from headrace.training.blocks.targets import agreement, cross_entropy, has_label
+from headrace.training.blocks.targets import cross_entropy
 from headrace.training.blocks.weight_decay import token_free_groups
-from headrace.training.collectives import mean_over_ranks
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
 from headrace.training.preset import ConfigError, Optim, Preset
 
@@ -48,42 +53,41 @@ class Supervised(Method):
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
+    @override
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """ "logits" [B, C]."""
+        """Scores "logits" [B, C]."""
         set_keys(self.encoder, batch.ids, [0], progress)
         return {"logits": self.classifier(self.encoder(batch.views[0]))}
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,
-        progress: Progress,  # noqa: ARG002
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
-        logits, labels, mixed = embeddings["logits"], batch.labels, batch.mixed
-        labelled = mean_over_ranks(has_label(labels, mixed).sum().float())
+        logits, labelled = embeddings["logits"], labelled_per_rank(batch)
         loss = cross_entropy(
-            logits, labels, mixed, smoothing=self.options.label_smoothing, labelled=labelled
+            logits,
+            batch.labels,
+            batch.mixed,
+            smoothing=self.options.label_smoothing,
+            labelled=labelled,
         )
-        hits = agreement(logits, labels, mixed)
-        return {"loss": loss, "train_top1": hits / torch.where(labelled > 0, labelled, 1)}
+        return {"loss": loss, "train_top1": top1_share(logits, batch, labelled)}
 
+    @override
     def param_groups(self) -> list[dict[str, object]]:
         if self.options.decay_everything:
             return [{"params": list(self.parameters()), "decay": True}]
         return token_free_groups(self, self.encoder)
 
+    @override
     def exports(self) -> dict[str, dict[str, Tensor]]:
-        classifier = with_classifier(self.encoder, self.classifier)
-        return super().exports() | ({"classifier": classifier} if classifier else {})
+        return {**super().exports(), **classifier_export(self.encoder, self.classifier)}
 
+    @override
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        """ "top1", "top5": bool [L], for the L samples of the batch that have a label."""
-        logits = self.classifier(self.encoder(batch.views[0]))
-        known = batch.labels >= 0
-        nearest = logits.topk(min(5, logits.shape[1]), dim=1).indices[known]
-        hits = nearest == batch.labels[known, None]
-        return {"top1": hits[:, 0], "top5": hits.any(dim=1)}
+        """Hits "top1", "top5": bool [L], for the L samples of the batch that have a label."""
+        return held_out_hits(self.classifier(self.encoder(batch.views[0])), batch.labels)
 
 
 def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Supervised:

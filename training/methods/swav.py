@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
@@ -63,8 +64,7 @@ def swav_loss(logits: Tensor, codes: Tensor, temperature: float) -> Tensor:
     the paper with all the terms of eq. 6, divided by their number T * (V - 1), as in swav
     `main_swav.py`, `train`.
     """
-    codes = codes.detach().float()
-    return cross_view_entropy(logits.transpose(0, 1), codes.transpose(0, 1), temperature)
+    return cross_view_entropy(logits, codes.detach().float(), temperature)
 
 
 class SwAV(Method):
@@ -74,8 +74,7 @@ class SwAV(Method):
         super().__init__()
         self.options = options
         self.encoder = make_encoder()
-        dim = options.projection_dim
-        width = feature_dim(self.encoder)
+        width, dim = feature_dim(self.encoder), options.projection_dim
         self.projection = Mlp(width, options.hidden_dim, dim, last_bias=True)
         self.prototypes = nn.Linear(dim, options.num_prototypes, bias=False)
         self.queue = None
@@ -89,29 +88,31 @@ class SwAV(Method):
     def _normalize_prototypes(self) -> None:
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
 
-    def before_step(self, progress: Progress) -> None:  # noqa: ARG002
+    @override
+    def before_step(self, progress: Progress) -> None:
         self._normalize_prototypes()
 
-    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
-        """ "embedding" [B, V, D] of length 1 and "logits" [B, V, K], float32."""
-        features = torch.cat([self.encoder(x) for _, x in by_size(batch.views)])
+    @override
+    def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Float32 "embedding" [B, V, D] of length 1 and "logits" [B, V, K]."""
+        features = torch.cat([self.encoder(pictures) for _, pictures in by_size(batch.views)])
         projected = self.projection(features)
         with torch.autocast(projected.device.type, enabled=False):
             z = F.normalize(projected.float(), dim=-1)
             z = z.unflatten(0, (-1, len(batch))).transpose(0, 1)
             return {"embedding": z, "logits": self.prototypes(z)}
 
+    @override
     def objective(
-        self,
-        embeddings: Mapping[str, Tensor],
-        batch: Batch,  # noqa: ARG002
-        progress: Progress,
+        self, embeddings: Mapping[str, Tensor], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         logits = embeddings["logits"]
         codes = self.codes(logits[:, :GLOBAL_VIEWS].detach(), progress)
-        loss = swav_loss(logits, codes, self.options.temperature)
-        # A collapse shows as log K: all samples alike belong to all prototypes.
-        return {"loss": loss, "code_entropy": torch.special.entr(codes).sum(-1).mean()}
+        return {
+            "loss": swav_loss(logits, codes, self.options.temperature),
+            # A collapse shows as log K: all samples alike belong to all prototypes.
+            "code_entropy": torch.special.entr(codes).sum(-1).mean(),
+        }
 
     @torch.no_grad()
     def codes(self, logits: Tensor, progress: Progress) -> Tensor:
@@ -119,33 +120,32 @@ class SwAV(Method):
         ranks and, once it is full, of the queue."""
         queued = logits[:0]
         if self.queue is not None and progress.step >= self._queue_is_full:
-            # Each rank puts in its part of the queue, which all of them have.
-            part = self.queue.rows.tensor_split(world_size())[rank()]
+            # Each rank puts in its share of the queue, which all of them have.
+            share = self.queue.rows.tensor_split(world_size())[rank()]
             with torch.autocast(logits.device.type, enabled=False):
-                queued = self.prototypes(part)
-        together = torch.cat([queued, logits])
+                queued = self.prototypes(share)
         options = self.options
         codes = [
             sinkhorn(view, epsilon=options.epsilon, iterations=options.sinkhorn_iterations)
-            for view in together.unbind(1)
+            for view in torch.cat([queued, logits]).unbind(1)
         ]
         return torch.stack(codes, dim=1)[len(queued) :]
 
+    @override
     def after_backward(self, progress: Progress) -> None:
         if progress.step < self.options.freeze_prototypes_steps:
             self.prototypes.weight.grad = None
 
+    @override
     def after_step(
-        self,
-        embeddings: list[dict[str, Tensor]],
-        batches: list[Batch],  # noqa: ARG002
-        progress: Progress,
+        self, embeddings: list[dict[str, Tensor]], batches: list[Batch], progress: Progress
     ) -> None:
         """The queue takes in the global views of all ranks and micro-batches."""
         if self.queue is not None and progress.step >= self._queue_starts:
-            local = torch.cat([entry["embedding"][:, :GLOBAL_VIEWS] for entry in embeddings])
-            self.queue.push(gather_rows(local))
+            global_views = [entry["embedding"][:, :GLOBAL_VIEWS] for entry in embeddings]
+            self.queue.push(gather_rows(torch.cat(global_views)))
 
+    @override
     def param_groups(self) -> list[dict[str, object]]:
         """The code's: weight decay and the rescaling of LARC reach every parameter."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "decay": True}]
