@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headrace.pipelines.batch import Mixed
+
 Array = NDArray[np.float64]
 
 
@@ -48,3 +50,19 @@ def differs(ours: float, mutated: float) -> bool:
 def log_softmax(x: Array) -> Array:
     shifted = x - x.max()
     return shifted - np.log(np.exp(shifted).sum())
+
+
+def as_float32(values: Array) -> Array:
+    """Values that float32 holds, or the inputs themselves would differ."""
+    return values.astype(np.float32).astype(np.float64)
+
+
+def mixed_with(labels: Tensor, weights: list[float]) -> Mixed:
+    """Every sample with the one as far from the end as it is from the beginning."""
+    partners = torch.arange(len(labels)).flip(0)
+    return Mixed(
+        partners=partners,
+        labels=labels[partners],
+        weights=torch.tensor(weights),
+        boxes=torch.zeros(len(labels), 4, dtype=torch.int32),
+    )

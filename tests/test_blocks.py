@@ -10,9 +10,7 @@ import torch
 from timm.layers.drop import DropPath
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from headrace.training.blocks.dino_head import DinoHead
 from headrace.training.blocks.drop_path import KeyedDropPath, key_drop_paths, set_keys
 from headrace.training.blocks.heads import Mlp, feature_dim
 from headrace.training.blocks.norm import GlobalBatchNorm, convert
@@ -207,21 +205,6 @@ def test_positions_refuse_an_odd_dim() -> None:
 
 
 # ---- heads
-
-
-def test_dino_head_gives_cosines_in_float32() -> None:
-    head = DinoHead(6, 8, 4, 10)
-    x = torch.randn(3, 6)
-    output = head(x)
-    unit = F.normalize(head.mlp(x), dim=1)
-    weight = head.prototypes.weight / head.prototypes.weight.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(output, unit @ weight.T)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert head(x).dtype == torch.float32
-    # The length of a prototype says nothing.
-    with torch.no_grad():
-        head.prototypes.weight.mul_(7)
-    torch.testing.assert_close(head(x), output)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
