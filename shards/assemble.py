@@ -15,7 +15,7 @@ from headrace.shards.dataset import BETON_FILE, tar_file
 from headrace.shards.index import ENCODED, INDEX_DTYPE, RAW, Record
 from headrace.shards.manifest import Format, ShardFile
 from headrace.shards.parts import EXTENSIONS, PIXELS, read_stored
-from headrace.shards.sources.samples import SourceSplit
+from headrace.shards.sources import SourceSplit
 from headrace.shards.webdataset import write_tar
 
 SAMPLES_PER_TAR_AT_MOST = 10_000
@@ -99,8 +99,8 @@ def tar_starts(lengths: NDArray[np.uint64], shard_bytes: int) -> NDArray[np.int6
 
 def _describe(split: SourceSplit, position: int) -> _Described:
     sample = split.samples[position]
-    known = 0 <= sample.label < len(split.classes)
-    entry = split.classes[sample.label] if known else None
+    labelled = 0 <= sample.label < len(split.classes)
+    entry = split.classes[sample.label] if labelled else None
     return _Described(sample.name, sample.label, (entry.name or entry.id) if entry else None)
 
 

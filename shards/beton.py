@@ -296,8 +296,8 @@ def _image_field(path: Path, names: list[str], types: list[int]) -> int:
                 f"{path} has no RGB image field; its fields are {', '.join(names) or 'none'}"
             )
         case several:
-            found = ", ".join(names[position] for position in several)
-            raise ShardError(f"{path} has several image fields ({found}), none named image")
+            listed = ", ".join(names[position] for position in several)
+            raise ShardError(f"{path} has several image fields ({listed}), none named image")
 
 
 def _label_field(names: list[str], types: list[int]) -> int | None:
@@ -312,9 +312,9 @@ def _lengths(
 ) -> NDArray[np.uint64]:
     """Bytes of each item, which only the allocation table knows."""
     order = np.argsort(allocations["offset"], kind="stable")
-    known = allocations["offset"][order]
-    places = np.searchsorted(known, rows["offset"])
-    if len(known) == 0 or (known[np.minimum(places, len(known) - 1)] != rows["offset"]).any():
+    offsets = allocations["offset"][order]
+    places = np.searchsorted(offsets, rows["offset"])
+    if len(offsets) == 0 or (offsets[np.minimum(places, len(offsets) - 1)] != rows["offset"]).any():
         raise ShardError(f"{path} has no whole allocation table: its writing was not finished")
     lengths = allocations["length"][order][places]
     raw = rows["encoding"] == RAW

@@ -24,13 +24,11 @@ from concurrent.futures import BrokenExecutor, Executor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import features
 
 from headrace.shards.assemble import write_shards
 from headrace.shards.atomic import PARTIAL_SUFFIX, atomic_file
@@ -43,10 +41,11 @@ from headrace.shards.manifest import (
     Format,
     Manifest,
     read_manifest,
+    tool_version,
     write_manifest,
 )
 from headrace.shards.parts import LEFT_OUT, Note, read_parts, table_path, write_part
-from headrace.shards.sources.samples import Sample, SourceSplit
+from headrace.shards.sources import Sample, SourceSplit
 from headrace.shards.workers import Runner, open_executor
 
 REPORT_FILE = "report.jsonl"
@@ -111,20 +110,20 @@ def convert(
     samples = split.samples
     if not samples:
         raise ShardError("there is no sample to convert")
-    asked = _options_of(options, split)
+    requested = _options_of(options, split)
     workers = workers or usable_cores()
     manifest_path, parts_directory = directory / MANIFEST_FILE, directory / PARTS_DIRECTORY
     with _in_words(directory):
         if manifest_path.exists() and not parts_directory.exists():
-            return _finished(directory, options.format, asked, strict)
+            return _finished(directory, options.format, requested, strict)
         _refuse_foreign(directory)
         with _locked(directory):
             if manifest_path.exists():
                 # Killed between the manifest and the clean-up.
-                result = _finished(directory, options.format, asked, strict)
+                result = _finished(directory, options.format, requested, strict)
             else:
                 per_part = _samples_per_part(len(samples))
-                _make_plan(directory, options.format, asked, per_part)
+                _make_plan(directory, options.format, requested, per_part)
                 with ExitStack() as stack:
                     pool = executor or stack.enter_context(open_executor(workers))
                     run = Runner(pool, workers, progress)
@@ -133,7 +132,9 @@ def convert(
                     _refuse_omissions(notes, strict, len(samples))
                     order = permutation(len(samples), options.seed)
                     order = order[table["kind"][order] != LEFT_OUT]
-                    manifest = _finish(run, directory, split, options, asked, table, notes, order)
+                    manifest = _finish(
+                        run, directory, split, options, requested, table, notes, order
+                    )
                 result = Conversion(directory, manifest, was_complete=False)
             shutil.rmtree(parts_directory)
     return result
@@ -146,18 +147,6 @@ def permutation(samples: int, seed: int) -> NDArray[np.int64]:
     version, those of `Generator.permutation` not.
     """
     return np.argsort(np.random.Philox(key=seed).random_raw(samples), kind="stable")
-
-
-def tool_version() -> str:
-    """What the bytes of a data set depend on besides its source and options."""
-    try:
-        own = version("headrace")
-    except PackageNotFoundError:
-        own = "unknown"
-    libraries = {name: version(name) for name in ("pillow", "simplejpeg", "webdataset")}
-    libraries["libjpeg-turbo"] = str(features.version("libjpeg_turbo"))
-    listed = ", ".join(f"{name} {libraries[name]}" for name in sorted(libraries))
-    return f"headrace {own} ({listed})"
 
 
 def _options_of(options: ConvertOptions, split: SourceSplit) -> dict[str, Any]:
@@ -185,12 +174,12 @@ def _samples_per_part(samples: int) -> int:
 def _finished(
     directory: Path,
     format: Format,  # noqa: A002  (the word of the manifest and of the command line)
-    asked: dict[str, Any],
+    requested: dict[str, Any],
     strict: bool,
 ) -> Conversion:
     manifest = read_manifest(directory)
     there = {**manifest.options, "format": manifest.format}
-    _compare(directory, "a finished data set", there, {**asked, "format": format})
+    _compare(directory, "a finished data set", there, {**requested, "format": format})
     left_out = sum(manifest.omissions.values())
     if strict and left_out:
         raise ShardError(
@@ -202,8 +191,8 @@ def _finished(
 
 def _refuse_foreign(directory: Path) -> None:
     """Refuse a directory that holds anything before a conversion was begun in it."""
-    known = (directory / MANIFEST_FILE, directory / PARTS_DIRECTORY / _PLAN_FILE)
-    if not directory.exists() or any(path.exists() for path in known):
+    ours = (directory / MANIFEST_FILE, directory / PARTS_DIRECTORY / _PLAN_FILE)
+    if not directory.exists() or any(path.exists() for path in ours):
         return
     others = [name for name in sorted(os.listdir(directory)) if name != PARTS_DIRECTORY]
     if others:
@@ -216,12 +205,12 @@ def _refuse_foreign(directory: Path) -> None:
 def _make_plan(
     directory: Path,
     format: Format,  # noqa: A002
-    asked: dict[str, Any],
+    requested: dict[str, Any],
     per_part: int,
 ) -> None:
     """Note what is being done, or refuse to mix it with what was begun before."""
     # Another version of a library would encode the rest differently.
-    plan = {**asked, "format": format, "samples_per_part": per_part, "tool": tool_version()}
+    plan = {**requested, "format": format, "samples_per_part": per_part, "tool": tool_version()}
     parts_directory = directory / PARTS_DIRECTORY
     path = parts_directory / _PLAN_FILE
     if path.exists():
@@ -234,15 +223,15 @@ def _make_plan(
             left_over.unlink()
 
 
-def _compare(directory: Path, what: str, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    differing = sorted(key for key in asked if there.get(key) != asked[key])
+def _compare(directory: Path, what: str, there: dict[str, Any], requested: dict[str, Any]) -> None:
+    differing = sorted(key for key in requested if there.get(key) != requested[key])
     if not differing:
         return
     if "source_sha256" in differing:
         difference = "the source has other samples or labels"
     else:
         difference = ", ".join(
-            f"{key} is {there.get(key)} there and {asked[key]} here" for key in differing
+            f"{key} is {there.get(key)} there and {requested[key]} here" for key in differing
         )
     raise ShardError(
         f"{directory} holds {what} with other options ({difference}): choose another directory "
@@ -296,7 +285,7 @@ def _finish(
     directory: Path,
     split: SourceSplit,
     options: ConvertOptions,
-    asked: dict[str, Any],
+    requested: dict[str, Any],
     table: NDArray[np.void],
     notes: list[Note],
     order: NDArray[np.int64],
@@ -316,7 +305,7 @@ def _finish(
         classes=split.classes,
         shards=tuple(shards),
         index=hashes,
-        options=asked,
+        options=requested,
         tool=tool_version(),
         repairs={reason: n for (action, reason), n in counts.items() if action == "repaired"},
         omissions={reason: n for (action, reason), n in counts.items() if action == "left out"},

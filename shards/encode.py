@@ -166,10 +166,10 @@ def check_decodes(data: bytes | memoryview | NDArray[np.uint8], height: int, wid
 def _stored(decoded: _Decoded, options: EncodeOptions) -> Encoded:
     image = decoded.image
     size = _shrunk_size(image.size, options.max_side_pixels)
-    asked = size != image.size or options.quality is not None
+    changed = size != image.size or options.quality is not None
     if max(size) > LARGEST_SIDE_PIXELS:
         raise _Rejected(TOO_LONG, f"{image.height} x {image.width} pixels")
-    if decoded.kept is not None and not asked:
+    if decoded.kept is not None and not changed:
         extension = "png" if decoded.lossless else "jpg"
         return Encoded(decoded.kept, extension, image.height, image.width, decoded.repair)
     if size != image.size:
@@ -178,7 +178,7 @@ def _stored(decoded: _Decoded, options: EncodeOptions) -> Encoded:
         data, extension = _to_png(image), "png"
     else:
         quality = CONVERSION_QUALITY if options.quality is None else options.quality
-        data, extension = _to_jpeg(image, quality, "420" if asked else "444"), "jpg"
+        data, extension = _to_jpeg(image, quality, "420" if changed else "444"), "jpg"
     check_decodes(data, image.height, image.width)
     return Encoded(data, extension, image.height, image.width, decoded.repair)
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from headrace.shards.atomic import atomic_file
 from headrace.shards.headers import HeaderError, ImageHeader, read_header
 from headrace.shards.index import ENCODED, INDEX_DTYPE, Index, ShardError, encode_name, read_index
 from headrace.shards.index import write_index as write_index_files
 from headrace.shards.mapping import map_file
+from headrace.shards.progress import progress_bar
 from headrace.shards.webdataset import scan_tar
 
 CACHE_VERSION = 1
@@ -54,22 +54,6 @@ class _File:
     modified_nanoseconds: int
 
 
-class _Progress(tqdm):
-    """Shown after two seconds, on terminals only. No monitor thread is left behind."""
-
-    monitor_interval = 0
-
-    def __init__(self, description: str, total: int, unit: str) -> None:
-        super().__init__(
-            desc=description,
-            total=total,
-            unit=unit,
-            unit_scale=unit == "B",
-            delay=_PROGRESS_AFTER_SECONDS,
-            disable=None,
-        )
-
-
 def fingerprint_of(files: Iterable[tuple[str, int]], rows: NDArray[np.void], names: bytes) -> str:
     """sha256 (hex) over (file name, size in bytes) of every file, the row table and the names."""
     digest = sha256()
@@ -94,7 +78,9 @@ def open_tars(paths: tuple[Path, ...]) -> Foreign:
 def _scan_tars(paths: tuple[Path, ...], total_bytes: int) -> tuple[NDArray[np.void], list[str]]:
     tables, names = [], []
     bad = _BadFiles()
-    with _Progress("indexing tars", total_bytes, "B") as progress:
+    with progress_bar(
+        "indexing tars", total_bytes, unit="B", after_seconds=_PROGRESS_AFTER_SECONDS
+    ) as progress:
         for shard, path in enumerate(paths):
             data = map_file(path)
             images = list(scan_tar(path))
@@ -145,11 +131,11 @@ def open_folder(root: Path) -> Foreign:
             f"{root} holds no images: expected one directory per class, or images directly "
             f"({', '.join(sorted(FOLDER_EXTENSIONS))}), or a data set that make_shards wrote"
         )
-    found = in_classes or [(name, -1) for name in loose]
-    files = [_file(root / name, name) for name, _ in found]
+    images = in_classes or [(name, -1) for name in loose]
+    files = [_file(root / name, name) for name, _ in images]
 
     def build() -> tuple[NDArray[np.void], list[str]]:
-        return _read_headers(root, found, files), [name for name, _ in found]
+        return _read_headers(root, images, files), [name for name, _ in images]
 
     known_classes = classes if in_classes else ()
     return _cached(root, [str(root)], files, known_classes, build, beside=False)
@@ -170,13 +156,17 @@ def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in FOLDER_EXTENSIONS and not name.startswith(".")
 
 
-def _read_headers(root: Path, found: list[tuple[str, int]], files: list[_File]) -> NDArray[np.void]:
-    rows = np.zeros(len(found), INDEX_DTYPE)
+def _read_headers(
+    root: Path, images: list[tuple[str, int]], files: list[_File]
+) -> NDArray[np.void]:
+    rows = np.zeros(len(images), INDEX_DTYPE)
     rows["encoding"] = ENCODED
     rows["length"] = [file.size_bytes for file in files]
-    rows["label"] = [label for _, label in found]
+    rows["label"] = [label for _, label in images]
     bad = _BadFiles()
-    with _Progress("reading image sizes", len(found), "image") as progress:
+    with progress_bar(
+        "reading image sizes", len(images), after_seconds=_PROGRESS_AFTER_SECONDS
+    ) as progress:
         for row, file in zip(rows, files, strict=True):
             try:
                 header = _read_loose_header(root / file.name)

@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from PIL import features
 
 from headrace.shards.atomic import atomic_file
 from headrace.shards.index import ShardError
@@ -68,6 +71,18 @@ class Manifest:
     def fingerprint(self) -> str:
         """sha256 (hex) of the canonical JSON: equal for equal data sets."""
         return sha256(self.to_json().encode("ascii")).hexdigest()
+
+
+def tool_version() -> str:
+    """What the bytes of a data set depend on besides its source and options."""
+    try:
+        headrace_version = version("headrace")
+    except PackageNotFoundError:
+        headrace_version = "unknown"
+    libraries = {name: version(name) for name in ("pillow", "simplejpeg", "webdataset")}
+    libraries["libjpeg-turbo"] = str(features.version("libjpeg_turbo"))
+    listed = ", ".join(f"{name} {libraries[name]}" for name in sorted(libraries))
+    return f"headrace {headrace_version} ({listed})"
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -21,7 +21,7 @@ from headrace.shards.beton import beton_item
 from headrace.shards.encode import Encoded, EncodeOptions, LeftOut, encode, encode_pixels
 from headrace.shards.index import RAW, ShardError, content_hash
 from headrace.shards.manifest import Format
-from headrace.shards.sources.samples import Sample, SampleReader
+from headrace.shards.sources import Sample, SampleReader
 
 LEFT_OUT, JPG, PNG, PIXELS = range(4)
 """What a sample's bytes in a part are; PIXELS are raw RGB without a header."""

@@ -125,7 +125,7 @@ class IndexedStore:
             return [
                 self._read_file(i, int(row["length"])) for i, row in zip(ids, rows, strict=True)
             ]
-        found = []
+        encoded = []
         for shard, offset, length, height, width, encoding in zip(
             *(
                 rows[c].tolist()
@@ -134,8 +134,8 @@ class IndexedStore:
             strict=True,
         ):
             data = self._files.read(shard, offset, length)
-            found.append(_with_pnm_header(data, height, width) if encoding == RAW else data)
-        return found
+            encoded.append(_with_pnm_header(data, height, width) if encoding == RAW else data)
+        return encoded
 
     def _read_file(self, sample_id: int, length: int) -> NDArray[np.uint8]:
         path = Path(self.uri) / self._index.name(sample_id)
@@ -229,17 +229,17 @@ def find_dataset(root: Path = Path("data")) -> Path:
     if not root.is_dir():
         raise ShardError(f"there is no directory {root}: name a data set, or make one there")
     candidates = [root, *sorted(entry for entry in root.iterdir() if entry.is_dir())]
-    found = [path for path in candidates if _is_written(path)]
-    if root in found:
+    written = [path for path in candidates if _is_written(path)]
+    if root in written:
         return root
-    match found:
+    match written:
         case [only]:
             return only
         case []:
             raise ShardError(f"no data set under {root}: make one there with make_shards")
         case _:
-            listed = ", ".join(str(path) for path in found)
-            raise ShardError(f"{len(found)} data sets under {root}, name one: {listed}")
+            listed = ", ".join(str(path) for path in written)
+            raise ShardError(f"{len(written)} data sets under {root}, name one: {listed}")
 
 
 def _is_written(path: Path) -> bool:

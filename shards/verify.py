@@ -47,15 +47,15 @@ def written_directories(root: Path) -> list[Path]:
     """
     if (root / MANIFEST_FILE).is_file():
         return [root]
-    found = sorted(path.parent for path in root.glob(f"*/{MANIFEST_FILE}"))
+    finished = sorted(path.parent for path in root.glob(f"*/{MANIFEST_FILE}"))
     for parts in sorted(root.glob(f"*/{PARTS_DIRECTORY}")):
-        if parts.parent not in found:
+        if parts.parent not in finished:
             raise ShardError(f"{parts.parent} is unfinished; run make_shards.py again to go on")
-    if not found:
+    if not finished:
         raise ShardError(
             f"{root} holds no finished data set (no {MANIFEST_FILE} there or one level below)"
         )
-    return found
+    return finished
 
 
 def verify(

@@ -11,6 +11,7 @@ import struct
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -67,30 +68,19 @@ def write_tar(
     columns are filled by `write_index`) and the manifest's entry with the file's sha256.
     Raises `ShardError` for an extension or label that cannot be stored, OSError from the disk.
     """
-    from webdataset.writer import TarWriter  # imports torch, which reading never needs
-
     rows: list[tuple[int, ...]] = []
     with atomic_file(path) as file:
         hashed = HashedFile(file)
-        with TarWriter(
-            cast(BinaryIO, hashed),  # of which it calls nothing but `write`
-            user=_OWNER,
-            group=_OWNER,
-            mode=_MODE,
-            encoder=False,
-            compress=False,
-            mtime=0,
-        ) as writer:
-            # TarWriter 1.0 takes `format` and does not hand it on.
-            writer.tarstream.format = tarfile.USTAR_FORMAT
+        # A stream, as `hashed` can do nothing but write.
+        with tarfile.open(
+            fileobj=cast(BinaryIO, hashed), mode="w|", format=tarfile.USTAR_FORMAT
+        ) as archive:
             for record in records:
-                members = _members_of(path, record)
-                offset = _image_offset(writer.tarstream.offset, members, record.extension)
-                writer.write({"__key__": f"{record.id:09d}", **members})
+                image_offset = _add_sample(archive, path, record)
                 rows.append(
                     (
                         shard,
-                        offset,
+                        image_offset,
                         len(record.image),
                         record.label,
                         record.height,
@@ -105,6 +95,19 @@ def write_tar(
             raise ShardError(f"{path}: a shard needs at least one sample")
     written = ShardFile(path.name, len(rows), hashed.bytes_written, hashed.sha256)
     return np.array(rows, INDEX_DTYPE), written
+
+
+def _add_sample(archive: tarfile.TarFile, path: Path, record: Record) -> int:
+    """Append its members in the order of their extensions. Returns where the image's bytes lie."""
+    image_offset = 0
+    for extension, data in sorted(_members_of(path, record).items()):
+        header = tarfile.TarInfo(f"{record.id:09d}.{extension}")
+        header.size, header.mtime, header.mode = len(data), 0, _MODE
+        header.uname = header.gname = _OWNER
+        if extension == record.extension:
+            image_offset = archive.offset + BLOCK_BYTES
+        archive.addfile(header, BytesIO(data))
+    return image_offset
 
 
 def _members_of(path: Path, record: Record) -> dict[str, bytes]:
@@ -127,16 +130,6 @@ def _members_of(path: Path, record: Record) -> dict[str, bytes]:
         "json": json.dumps(description, sort_keys=True).encode("ascii"),
         "label": struct.pack("<i", record.label),
     }
-
-
-def _image_offset(position: int, members: dict[str, bytes], image_extension: str) -> int:
-    """Where the image's bytes will lie: members follow each other in the order of extensions."""
-    for extension in sorted(members):
-        position += BLOCK_BYTES
-        if extension == image_extension:
-            break
-        position += -(-len(members[extension]) // BLOCK_BYTES) * BLOCK_BYTES
-    return position
 
 
 def iterate_members(path: Path) -> Iterator[Member]:

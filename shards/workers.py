@@ -22,11 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-
-class _Progress(tqdm):
-    """No monitor thread: it would outlive the bar."""
-
-    monitor_interval = 0
+from headrace.shards.progress import progress_bar
 
 
 class Runner:
@@ -59,18 +55,9 @@ class Runner:
                 future.cancel()
             wait(waiting)
 
-    def bar(self, what: str, total: int, done: int = 0, unit: str = "image") -> "tqdm[Any]":
+    def bar(self, what: str, total: int, done: int = 0, unit: str = "images") -> "tqdm[Any]":
         """A progress bar on stderr with rate and remaining time; `done` were there before."""
-        return _Progress(
-            desc=what,
-            total=total,
-            initial=done,
-            unit=unit,
-            unit_scale=unit == "B",
-            disable=not self._progress,
-            dynamic_ncols=True,
-            mininterval=0.5,
-        )
+        return progress_bar(what, total, done=done, unit=unit, shown=self._progress)
 
 
 def open_executor(workers: int) -> Executor:

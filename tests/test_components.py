@@ -35,7 +35,8 @@ from headrace.pipelines.ops import (
 )
 from headrace.pipelines.recipe import Augmentation, Mix, View
 from headrace.shards.beton import read_beton_index
-from headrace.shards.component import begin_component, component_directory, open_component
+from headrace.shards.component import component_directory, open_component
+from headrace.shards.component_writer import begin_component
 from headrace.shards.dataset import write_dataset
 from headrace.shards.index import Record, ShardError
 from headrace.shards.parts import Note, table_path
@@ -302,7 +303,7 @@ def test_a_recipe_that_a_component_cannot_follow_is_refused() -> None:
 def test_writing_goes_on_where_it_was_stopped(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("headrace.shards.component._SAMPLES_PER_PART", 16)
+    monkeypatch.setattr("headrace.shards.component_writer._SAMPLES_PER_PART", 16)
     store = open_store(copy_of(dataset, tmp_path / "train"))
     made = pictures()
 

@@ -208,7 +208,6 @@ def test_kill_anywhere_and_go_on(
 KILLED_CONVERSION = """
 import os, signal, sys
 from pathlib import Path
-import webdataset.writer
 from headrace.shards.convert import ConvertOptions, convert
 from headrace.shards.sources import list_source
 
@@ -483,6 +482,20 @@ def test_the_tools_from_another_directory(source: Path, tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stderr
     assert checked.stdout.count("OK, 63 samples in 1 shard(s), 3 classes, all decoded") == 2
     assert open_store(tmp_path / "data" / "some images", "train").classes == CLASSES
+
+
+def test_neither_tool_loads_torch(source: Path, tmp_path: Path) -> None:
+    """It takes seconds to import, which whoever packs images should not wait for."""
+    program = (
+        "import sys; from headrace.tools import make_shards, verify_shards; "
+        "assert make_shards.main(sys.argv[1:]) == 0; "
+        "assert verify_shards.main(['out', '--workers', '1']) == 0; "
+        "print(sorted({'torch', 'webdataset', 'headrace.pipelines'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", program, str(source), "--out", "out", "--workers", "1"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "[]"
 
 
 def test_mistakes_on_the_command_line_end_in_words(tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def test_masks_reach_the_method_through_its_preset(made: tuple[Store, Path]) -> 
 def test_it_goes_on_where_it_was_stopped_and_ends_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("headrace.shards.component._SAMPLES_PER_PART", 16)
+    monkeypatch.setattr("headrace.shards.component_writer._SAMPLES_PER_PART", 16)
     whole, stopped = (write_scenes(tmp_path / name / "train") for name in ("whole", "stopped"))
     assert make_masks.main([str(tmp_path / "whole"), *SMALL]) == 0
 

@@ -31,7 +31,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from headrace.shards.atomic import atomic_file
-from headrace.shards.component import ComponentWriter, begin_component, component_directory
+from headrace.shards.component import component_directory
+from headrace.shards.component_writer import ComponentWriter, begin_component
 from headrace.shards.cores import usable_cores
 from headrace.shards.index import ShardError, read_index
 from headrace.shards.manifest import Manifest

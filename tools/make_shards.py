@@ -12,8 +12,7 @@ from headrace.shards.cores import usable_cores
 from headrace.shards.encode import EncodeOptions
 from headrace.shards.index import ShardError
 from headrace.shards.manifest import Format
-from headrace.shards.sources import list_source
-from headrace.shards.sources.samples import SourceSplit, estimate_bytes
+from headrace.shards.sources import SourceSplit, estimate_bytes, list_source
 from headrace.shards.workers import open_executor
 from headrace.training.invocation import as_typed
 

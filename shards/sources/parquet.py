@@ -99,17 +99,17 @@ def _features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
 def _image_column(path: Path, schema: "pyarrow.Schema") -> str:
     import pyarrow
 
-    found = [
+    columns = [
         field.name
         for field in schema
         if pyarrow.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
     ]
-    if len(found) != 1:
+    if len(columns) != 1:
         raise ShardError(
-            f"{path} has {len(found)} columns of image bytes (columns: {', '.join(schema.names)}); "
+            f"{path} has {len(columns)} columns of image bytes (of {', '.join(schema.names)}); "
             "expected one, a struct with `bytes` and `path`, as Hugging Face's Image feature"
         )
-    return found[0]
+    return columns[0]
 
 
 def _label_column(schema: "pyarrow.Schema", features: Mapping[str, Any]) -> str | None:
