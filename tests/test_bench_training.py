@@ -199,7 +199,7 @@ def test_a_whole_measurement(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert result["date"].startswith("20")
     assert done.stdout.splitlines()[-1] == result["sentence"]
     assert f"1 - real/synthetic    {result['lost_share']:.1%}, wait share" in done.stdout
-    assert re.search(r"\[3/5\] training with the reference engine; about \d+ s left", done.stderr)
+    assert re.search(r"\[3/5, about \d+ s left\] training with the reference engine", done.stderr)
     assert {path.name for path in tmp_path.iterdir()} == {"found", "temporary"}
     assert not [path for path in temporary.iterdir() if path.name.startswith("headrace")]
 

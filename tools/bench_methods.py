@@ -28,6 +28,7 @@ from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import usable_cores
 from headrace.shards.index import ShardError
 from headrace.shards.store import dataset_splits
+from headrace.tools.arguments import positive, several, whole
 from headrace.tools.bench.methods.job import (
     TEACHER,
     Bench,
@@ -56,8 +57,8 @@ BENCHMARKS = ROOT / "tools/benchmarks"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    own, _, added = _split(arguments)
-    options = _parse(own)
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    options, added = _parse(arguments[:place]), arguments[place + 1 :]
     try:
         if options.table:
             rows = read_rows(options.json)
@@ -72,12 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-
-
-def _split(arguments: list[str]) -> tuple[list[str], str, list[str]]:
-    """What stands before and after `--`."""
-    place = arguments.index("--") if "--" in arguments else len(arguments)
-    return arguments[:place], "--", arguments[place + 1 :]
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -96,20 +91,19 @@ examples:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    names = _comma_separated(str)
     parser.add_argument(
         "--methods",
-        type=names,
+        type=several(str),
         metavar="A,B",
         help="names, or name:preset; default: every file of training/methods",
     )
-    parser.add_argument("--seeds", type=_comma_separated(_number), default=[0, 1, 2], metavar="N,N")
+    parser.add_argument("--seeds", type=several(whole(0)), default=[0, 1, 2], metavar="N,N")
     parser.add_argument(
-        "--samples", type=_positive, default=50_000, help="seen in training; default: 50000"
+        "--samples", type=positive, default=50_000, help="seen in training; default: 50000"
     )
     parser.add_argument(
         "--subset",
-        type=_positive,
+        type=positive,
         default=10_000,
         help="images to train on, evenly spaced; default: 10000",
     )
@@ -129,14 +123,14 @@ examples:
     )
     parser.add_argument(
         "--jobs",
-        type=_positive,
+        type=positive,
         default=1,
         help="runs side by side, each with its share of the cores; images/s are then those of one "
         "of them; default: 1",
     )
     parser.add_argument(
         "--threads",
-        type=_positive,
+        type=positive,
         help="of each run; default: the usable cores divided by --jobs. More than there are free "
         "cores slow each other down",
     )
@@ -148,22 +142,6 @@ examples:
 def _default_file() -> Path:
     today = BENCHMARKS / f"{datetime.now(UTC):%Y-%m-%d}-methods.jsonl"
     return max(BENCHMARKS.glob("*-methods.jsonl"), default=today)
-
-
-def _comma_separated(kind: Callable[[str], object]) -> Callable[[str], list[object]]:
-    return lambda text: [kind(part) for part in text.split(",") if part]
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if (value := _number(text)) == 0:
-        raise argparse.ArgumentTypeError("it must be at least 1")
-    return value
 
 
 def _measure_all(options: argparse.Namespace, added: tuple[str, ...]) -> int:
@@ -187,7 +165,9 @@ def _measure_all(options: argparse.Namespace, added: tuple[str, ...]) -> int:
         jobs[run.called] = partial(measure, run)
         if run.teacher_option is not None:
             # Whoever comes first trains the teacher, if its own row has not.
-            pupils = [one.called for one in runs if one.teacher_option and one.seed == run.seed]
+            pupils = [
+                pupil.called for pupil in runs if pupil.teacher_option and pupil.seed == run.seed
+            ]
             before = pupils[: pupils.index(run.called)]
             waits[run.called] = [f"{TEACHER}, seed {run.seed}", *before]
     for pixels in dict.fromkeys(run.pixels for run in runs if run.pixels is not None):

@@ -14,7 +14,7 @@ import json
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,8 +23,10 @@ from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import usable_cores
 from headrace.shards.index import ShardError
 from headrace.shards.store import dataset_splits, open_store
+from headrace.shards.cores import usable_cores
+from headrace.tools.arguments import decimal, png, positive, several, some_of
 from headrace.tools.bench.pipeline.data import DataError, describe, make_forms, whole_batches
-from headrace.tools.bench.pipeline.measure import Progress, Rounds, measure, say
+from headrace.tools.bench.pipeline.measure import Rounds, measure
 from headrace.tools.bench.pipeline.plot import draw
 from headrace.tools.bench.pipeline.report import table, verdicts
 from headrace.tools.bench.pipeline.result import Result, context_of, line
@@ -38,6 +40,7 @@ from headrace.tools.bench.pipeline.task import (
     Task,
 )
 from headrace.tools.bench.proc import PROC
+from headrace.tools.bench.steps import say
 
 DESCRIPTION = """\
 Measure how many images per second our engines and other libraries turn into a model's input.
@@ -104,21 +107,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         required=True,
         help="anything that make_shards wrote (of splits, train), .beton, tars or class folders",
     )
-    add("--recipe", metavar="A,B", type=_names(RECIPES), default=[*RECIPES], help="default: all")
+    add("--recipe", metavar="A,B", type=some_of(RECIPES), default=[*RECIPES], help="default: all")
     add(
         "--engine",
         metavar="A,B",
-        type=_names(engines),
+        type=some_of(engines),
         default=[name for name in engines if name != "reference"],
         help="default: all but reference",
     )
     add("--json", metavar="FILE", type=Path, help="write results, a JSON line per row")
     add("--append", action="store_true", help="keep the lines that --json has already")
-    add("--plot", metavar="FILE", type=Path, help="draw results as bars, a PNG")
+    add("--plot", metavar="FILE", type=png, help="draw results as bars, a PNG")
     add(
         "--threads",
         metavar="N,M",
-        type=_counts,
+        type=several(positive),
         default=[usable_cores()],
         help="threads, or worker processes, of each row; default: all cores",
     )
@@ -128,26 +131,26 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="both",
         help="uint8 is what would be sent to a GPU; default: %(default)s",
     )
-    add("--rounds", metavar="N", type=_count, default=3, help="default: %(default)s")
+    add("--rounds", metavar="N", type=positive, default=3, help="default: %(default)s")
     add(
         "--seconds",
         metavar="S",
-        type=_seconds,
+        type=decimal("a number of seconds above 0", lambda seconds: 0 < seconds < 3600),
         default=3.0,
         help="of a round after its warm-up, a batch per thread at least; default: %(default)s",
     )
-    add("--batch-size", metavar="B", type=_count, default=64, help="even; default: %(default)s")
+    add("--batch-size", metavar="B", type=positive, default=64, help="even; default: %(default)s")
     add(
         "--samples",
         metavar="N",
-        type=_count,
+        type=positive,
         default=4096,
         help="use the first N images at most; default: %(default)s",
     )
     add(
         "--epochs-memory",
         metavar="E",
-        type=_count,
+        type=positive,
         help="also watch the fused engine's anonymous memory over E small epochs",
     )
     add(
@@ -162,37 +165,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.append and options.json is None:
         parser.error("argument --append: it needs --json, the file to append to")
     return options
-
-
-def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = list(dict.fromkeys(text.split(",")))
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"no {name!r} here, only {', '.join(known)}")
-        return names
-
-    return parse
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _counts(text: str) -> list[int]:
-    return sorted({_count(part) for part in text.split(",")})
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -234,9 +206,9 @@ def _bench(options: argparse.Namespace) -> int:
             for recipe in options.recipe
             for threads in options.threads
         ]
-        progress = Progress(sum(map(len, plan)), rounds)
+        steps = rounds.steps(sum(map(len, plan)))
         for tasks in plan:
-            groups.append(measure(tasks, rounds, directory, progress))
+            groups.append(measure(tasks, rounds, directory, steps))
             write(options, groups, context, earlier)
             print(f"\n{table(groups[-1])}\n", flush=True)
     largest = [group for group in groups if group[0].task.threads == max(options.threads)]
@@ -297,8 +269,8 @@ def write(
             for result in group:
                 task = result.task
                 if result.measured and task.engine != DECODE:
-                    one = alone.get((task.engine, task.recipe, task.output))
-                    lines.append(json.dumps(line(result, group, one, context)))
+                    with_one_thread = alone.get((task.engine, task.recipe, task.output))
+                    lines.append(json.dumps(line(result, group, with_one_thread, context)))
         with atomic_file(options.json) as file:
             file.write("".join(text + "\n" for text in lines).encode())
     if options.plot is not None:

@@ -4,34 +4,36 @@
 
 Starts `training/train.py` itself, several times in a temporary directory, with the run's engine and
 with `synthetic`, reads its metrics.jsonl and ends it after some steps. The model alone is the
-synthetic run. The parts of the input are then measured alone (`bench/alone.py`), and a rule
-(`bench/bound.py`) makes one sentence of all these rates.
+synthetic run. The parts of the input are then measured alone (bench/training/parts.py), and a rule
+(bench/training/verdict.py) makes one sentence of all these rates.
 
 It is about one process. For one rank of several, give it its share of the cores (--data.threads).
 """
 
 import argparse
 import json
-import os
-import platform
+import math
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, median_low
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import usable_cores
 from headrace.shards.errors import UserError
 from headrace.shards.store import open_store
-from headrace.tools.bench.proc import processor
+from headrace.tools.arguments import decimal, positive
+from headrace.tools.bench.machine import machine, memory_bytes
+from headrace.tools.bench.steps import Steps
 from headrace.tools.bench.training.parts import (
     DECODING,
     data_files,
@@ -107,12 +109,12 @@ examples:
     )
     parser.add_argument(
         "--seconds",
-        type=_positive(float),
+        type=decimal("a number of seconds above 0", lambda seconds: 0 < seconds < math.inf),
         default=20.0,
         help="of every start of the run; default: 20",
     )
     parser.add_argument(
-        "--rounds", type=_positive(int), default=2, help="starts with each kind of data; default: 2"
+        "--rounds", type=positive, default=2, help="starts with each kind of data; default: 2"
     )
     parser.add_argument(
         "--cache",
@@ -125,116 +127,162 @@ examples:
     return parser
 
 
-def _positive(kind: type[int] | type[float]) -> Any:
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = kind(0)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-        return value
+@dataclass(frozen=True)
+class Setup:
+    """What will be measured, and no open store: the kernel drops nothing that is mapped.
 
-    return parse
+    subset: ids, None for all. packed: many samples to a file. order: of the engines that the starts
+    of the run take in turn.
+    """
+
+    subset: NDArray[np.int64] | None
+    engine: str
+    files: tuple[Path, ...]
+    packed: bool
+    cold: bool
+    order: tuple[str, ...]
 
 
-class Progress:
-    """Says on stderr what is being done, and how long this and the rest may take."""
+class Reading(NamedTuple):
+    """Of the samples without anything else. first_rate, cached_rate: images per second.
 
-    def __init__(self, parts: Sequence[tuple[str, float]]) -> None:
-        """parts: (name, expected seconds) of what will be done, in this order."""
-        self._parts = parts
-        self._done, self._began = 0, time.perf_counter()
+    was_asked: whether the system could be asked to drop the files from its cache before the first
+    reading. fetched_share: of its bytes, from storage; None if nobody counts.
+    """
 
-    def next(self) -> None:
-        expected = [seconds for _, seconds in self._parts]
-        behind, left = sum(expected[: self._done]), sum(expected[self._done :])
-        if behind > 0:  # as much slower or faster than expected as what is done
-            left *= (time.perf_counter() - self._began) / behind
-        text = f"[{self._done + 1}/{len(self._parts)}] {self._parts[self._done][0]}"
-        print(f"{text}; about {left:.0f} s left", file=sys.stderr, flush=True)
-        self._done += 1
+    ids: NDArray[np.int64]
+    bytes_per_image: float
+    first_rate: float
+    cached_rate: float
+    was_asked: bool
+    fetched_share: float | None
+
+    @property
+    def was_cold(self) -> bool:
+        return self.was_asked and (self.fetched_share is None or self.fetched_share >= FROM_STORAGE)
 
 
 def measure(
     options: argparse.Namespace, arguments: Sequence[str], config: Config
 ) -> dict[str, Any]:
     """Everything, one after the other; JSON-ready."""
-    device, threads = device_of(config), config.data.threads or usable_cores()
+    setup = _set_up(options, config)
+    engine, seconds_alone = setup.engine, options.seconds / 2
+    steps = Steps(
+        {
+            "reading": (1, 3.0),
+            "training": (len(setup.order), options.seconds + START_SECONDS),
+            "alone": (2, seconds_alone + 3),
+        }
+    )
+    threads = config.data.threads or usable_cores()
+    with steps.step("reading", "reading alone"):
+        reading = _read(setup, config, threads)
+
+    # ---- the run, with real and with synthetic data in turn
+    segments: dict[str, list[Segment]] = {name: [] for name in setup.order}
+    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as directory:
+        for place, name in enumerate(setup.order):
+            with steps.step("training", f"training with the {name} engine"):
+                if setup.cold:
+                    forget(setup.files)
+                out = Path(directory) / f"{place}-{name}"
+                segments[name].append(run_segment(arguments, config, name, out, options.seconds))
+
+    # ---- its parts alone
+    store = open_store(str(config.data.train), "train")
+    decoding = replace(config, augmentation=DECODING)
+    with steps.step("alone", "decoding alone"):
+        decode_rate = loader_alone(decoding, store, reading.ids, engine, seconds_alone)
+    with steps.step("alone", "the whole loader alone"):
+        loader_rate = loader_alone(config, store, reading.ids, engine, seconds_alone)
+
+    transfer_rate = transfer_alone(config, engine, reading.bytes_per_image)
+    rates = decode_rate, loader_rate, transfer_rate
+    return _result(config, setup, threads, reading, segments, rates)
+
+
+def _result(
+    config: Config,
+    setup: Setup,
+    threads: int,
+    reading: Reading,
+    segments: dict[str, list[Segment]],
+    rates_alone: tuple[float, float, float | None],
+) -> dict[str, Any]:
+    """rates_alone: of decoding, the whole loader and the transfer."""
+    device = device_of(config)
+    rounds = zip(segments[setup.engine], segments["synthetic"], strict=True)
+    real, synthetic = _middle(list(rounds))
+    from_storage = _from_storage(real, reading.bytes_per_image)
+    run_was_cold = setup.cold if from_storage is None else from_storage > 0.5
+    shares_cores = device.type == "cpu" and real.is_busy
+    decode_rate, loader_rate, transfer_rate = rates_alone
+    measured = Measured(
+        real=real.rate,
+        synthetic=synthetic.rate,
+        wait_share=real.input_share,
+        synthetic_wait_share=synthetic.input_share,
+        storage=reading.first_rate if reading.was_cold and run_was_cold else reading.cached_rate,
+        cached=reading.cached_rate,
+        decode=decode_rate,
+        loader=loader_rate,
+        transfer=transfer_rate,
+        shares_cores=shares_cores,
+    )
+    cores = usable_cores()
+    setting = Setting(setup.engine, device.type, threads, cores, setup.packed, shares_cores)
+    return _facts(config, setting, measured, reading) | {
+        "wait_share": real.wait_share,
+        "device_idle_share": real.idle_share,
+        "busy_share": real.busy_share,
+        "real": [segment.record() for segment in segments[setup.engine]],
+        "synthetic": [segment.record() for segment in segments["synthetic"]],
+        "from_storage_share": from_storage,
+    }
+
+
+def _set_up(options: argparse.Namespace, config: Config) -> Setup:
+    """Raises BenchError for a run that cannot be measured."""
     store = open_store(str(config.data.train), "train")
     subset = read_subset(config.data.subset, store)
-    with open_training_loader(
-        config, store, subset, World(device=device), config.data.engine
-    ) as it:
-        engine, steps = it.engine_name, total_steps(config.run, it.steps_per_epoch)
+    world = World(device=device_of(config))
+    with open_training_loader(config, store, subset, world, config.data.engine) as loader:
+        engine, steps = loader.engine_name, total_steps(config.run, loader.steps_per_epoch)
     if engine == "synthetic":
         raise BenchError("--data.engine synthetic is what a run is compared with: leave it out")
     needed = 3 * settling_steps(config)
     if steps < needed:
         raise BenchError(f"the run has {steps} steps, too few to measure: give it {needed} or more")
     files = data_files(store)
-    exceeds_memory = sum(path.stat().st_size for path in files) > _memory_bytes() / 2
-    cold = options.cache == "cold" or (options.cache == "auto" and exceeds_memory)
+    exceeds_memory = sum(path.stat().st_size for path in files) > memory_bytes() / 2
     turns = [("synthetic", engine), (engine, "synthetic")] * options.rounds
-    order = [name for turn in turns[: options.rounds] for name in turn]
-    progress = Progress(
-        [
-            ("reading alone", 3.0),
-            *(
-                (f"training with the {name} engine", options.seconds + START_SECONDS)
-                for name in order
-            ),
-            ("decoding alone", options.seconds / 2 + 3),
-            ("the whole loader alone", options.seconds / 2 + 3),
-        ]
+    return Setup(
+        subset,
+        engine,
+        tuple(files),
+        packed=len(files) < len(store),
+        cold=options.cache == "cold" or (options.cache == "auto" and exceeds_memory),
+        order=tuple(name for turn in turns[: options.rounds] for name in turn),
     )
 
-    progress.next()
-    ids = first_samples(config, store, subset)
+
+def _read(setup: Setup, config: Config, threads: int) -> Reading:
+    """First from storage, as far as the system lets go of what it has in its cache; then again."""
+    store = open_store(str(config.data.train), "train")
+    ids = first_samples(config, store, setup.subset)
     bytes_per_image = fmean(encoded.size for encoded in store.read(ids))
-    packed = len(files) < len(store)
-    asked = forget(files)
-    if cold and not asked:
+    was_asked = forget(setup.files)
+    if setup.cold and not was_asked:
         raise BenchError("--cache cold: this system cannot be asked to drop files from its cache")
     first_rate, fetched_share = read_alone(store, ids, threads)
-    was_cold = asked and (fetched_share is None or fetched_share >= FROM_STORAGE)
     cached_rate = max(read_alone(store, ids, threads)[0] for _ in range(3))
-    del store  # the kernel drops nothing that is mapped
+    return Reading(ids, bytes_per_image, first_rate, cached_rate, was_asked, fetched_share)
 
-    segments: dict[str, list[Segment]] = {name: [] for name in order}
-    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as directory:
-        for number, name in enumerate(order):
-            progress.next()
-            if cold:
-                forget(files)
-            out = Path(directory) / f"{number}-{name}"
-            segments[name].append(run_segment(arguments, config, name, out, options.seconds))
 
-    store = open_store(str(config.data.train), "train")
-    progress.next()
-    tiny = replace(config, augmentation=DECODING)
-    decode_rate = loader_alone(tiny, store, ids, engine, options.seconds / 2)
-    progress.next()
-    loader_rate = loader_alone(config, store, ids, engine, options.seconds / 2)
-
-    rounds = list(zip(segments[engine], segments["synthetic"], strict=True))
-    real, synthetic = _middle(rounds)
-    from_storage = _from_storage(real, bytes_per_image)
-    run_was_cold = cold if from_storage is None else from_storage > 0.5
-    shares_cores = device.type == "cpu" and real.is_busy
-    measured = Measured(
-        real=real.rate,
-        synthetic=synthetic.rate,
-        wait_share=real.input_share,
-        synthetic_wait_share=synthetic.input_share,
-        storage=first_rate if was_cold and run_was_cold else cached_rate,
-        cached=cached_rate,
-        decode=decode_rate,
-        loader=loader_rate,
-        transfer=transfer_alone(config, engine, bytes_per_image),
-        shares_cores=shares_cores,
-    )
-    setting = Setting(engine, device.type, threads, usable_cores(), packed, shares_cores)
+def _facts(
+    config: Config, setting: Setting, measured: Measured, reading: Reading
+) -> dict[str, Any]:
     verdict = decide(measured)
     return {
         "method": config.method,
@@ -246,30 +294,29 @@ def measure(
         "verdict": verdict.bound,
         "sentence": sentence(measured, verdict, setting),
         "lost_share": verdict.lost,
-        "wait_share": real.wait_share,
-        "device_idle_share": real.idle_share,
-        "busy_share": real.busy_share,
         "shares": verdict.shares,
         "contention_share": verdict.contention,
         "rates": {
-            "real": real.rate,
-            "synthetic": synthetic.rate,
-            "storage_cold": first_rate if was_cold else None,
-            "storage_cached": cached_rate,
-            "decode": decode_rate,
-            "loader": loader_rate,
+            "real": measured.real,
+            "synthetic": measured.synthetic,
+            "storage_cold": reading.first_rate if reading.was_cold else None,
+            "storage_cached": reading.cached_rate,
+            "decode": measured.decode,
+            "loader": measured.loader,
             "transfer": measured.transfer,
         },
-        "real": [segment.record() for segment in segments[engine]],
-        "synthetic": [segment.record() for segment in segments["synthetic"]],
-        "from_storage_share": from_storage,
-        "cold_reading_from_storage_share": fetched_share if asked else None,
-        "samples_alone": len(ids),
-        "bytes_per_image": bytes_per_image,
-        "versions": versions(engine),
-        "machine": machine(device),
+        "cold_reading_from_storage_share": reading.fetched_share if reading.was_asked else None,
+        "samples_alone": len(reading.ids),
+        "bytes_per_image": reading.bytes_per_image,
+        "versions": versions(setting.engine),
+        "machine": machine() | {"gpu": _gpu(config)},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _gpu(config: Config) -> str | None:
+    device = device_of(config)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def _middle(rounds: Sequence[tuple[Segment, Segment]]) -> tuple[Segment, Segment]:
@@ -283,21 +330,6 @@ def _from_storage(segment: Segment, bytes_per_image: float) -> float | None:
     if segment.fetched_bytes is None:
         return None
     return min(1.0, segment.fetched_bytes / (segment.images * bytes_per_image))
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures belong to."""
-    return {
-        "processor": processor(),
-        "cores": usable_cores(),
-        "memory_bytes": _memory_bytes(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "system": platform.platform(),
-    }
 
 
 def shown(result: dict[str, Any]) -> str:

@@ -12,13 +12,11 @@ measured with it, and the row says so; an approximation is not held to the limit
 import argparse
 import itertools
 import json
-import platform
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -40,14 +38,16 @@ from headrace.pipelines.recipe import Augmentation
 from headrace.shards.cores import usable_cores
 from headrace.shards.index import ShardError
 from headrace.shards.store import Store
-from headrace.tools.bench.proc import processor
+from headrace.tools.arguments import some_of, whole
+from headrace.tools.bench.machine import machine, package_versions
 from headrace.tools.compare_cases import LIMITS, PIXELS, Case, levels_of_one, op_cases, recipe_cases
 from headrace.tools.result_tables import agreement_table, cell
+from headrace.tools.view_pictures import last_parts
 from headrace.training.inputs import open_train
 
 COMPARED: tuple[EngineName, ...] = ("fused", "dali")
 CPU = torch.device("cpu")
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "pillow", "simplejpeg", "nvidia-dali")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "pillow", "simplejpeg")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", type=Path, help="data set; by default ./data's only one")
-    parser.add_argument("--engine", type=_engines, default=COMPARED, help="fused,dali or one")
+    parser.add_argument(
+        "--engine", type=some_of(COMPARED), default=COMPARED, help="fused,dali or one"
+    )
     parser.add_argument(
         "--recipe",
         type=_recipes,
@@ -120,7 +122,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="named recipes, by commas; none or all (the default)",
     )
     parser.add_argument("--no-ops", action="store_true", help="recipes only")
-    parser.add_argument("--samples", type=_several, default=44, help="photographs, 4 or more")
+    parser.add_argument("--samples", type=whole(4), default=44, help="photographs, 4 or more")
     parser.add_argument("--seed", type=int, default=0, help="of the Plan")
     parser.add_argument("--threads", type=int, default=2, help="host threads of each engine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append a line per comparison")
@@ -138,19 +140,6 @@ def _recipes(text: str) -> list[str]:
             return text.split(",")
 
 
-def _engines(text: str) -> tuple[EngineName, ...]:
-    chosen: tuple[EngineName, ...] = tuple(name for name in COMPARED if name in text.split(","))
-    if len(chosen) != len(text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r}: there are {', '.join(COMPARED)}, by commas")
-    return chosen
-
-
-def _several(text: str) -> int:
-    if not text.isdigit() or int(text) < 4:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 4")
-    return int(text)
-
-
 def _measured(
     cases: Sequence[Case], store: Store, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
@@ -164,13 +153,13 @@ def _measured(
             name: execute(name, case, work, options.threads)
             for name in ("reference", *options.engine)
         }
-        lines = [compared(case, one, other, outcomes) | context for one, other in pairs]
+        lines = [compared(case, against, engine, outcomes) | context for against, engine in pairs]
         _print_row(case.name, map(cell, lines))
         yield from lines
 
 
 def _print_row(name: str, cells: Iterable[str]) -> None:
-    print(f"{name:<36}" + "".join(f"{shown:<28}" for shown in cells), flush=True)
+    print(f"{name:<36}" + "".join(f"{text:<28}" for text in cells), flush=True)
 
 
 def work_for(case: Case, store: Store, samples: int, seed: int) -> Work:
@@ -246,18 +235,18 @@ def needed(name: EngineName, recipe: Augmentation) -> tuple[Approximation, ...] 
 
 
 def compared(
-    case: Case, one: EngineName, other: EngineName, outcomes: dict[str, Outcome]
+    case: Case, against: EngineName, engine: EngineName, outcomes: dict[str, Outcome]
 ) -> dict[str, Any]:
     """The line of one case and one pair of engines."""
-    mine, theirs = outcomes[one], outcomes[other]
+    mine, theirs = outcomes[against], outcomes[engine]
     approximate = sorted({*mine.approximate, *theirs.approximate})
     limits = LIMITS[case.limits]
-    limit = max(limits[name] for name in (one, other) if name in limits)
+    limit = max(limits[name] for name in (against, engine) if name in limits)
     line: dict[str, Any] = {
         "kind": case.kind,
         "name": case.name,
-        "engine": other,
-        "against": one,
+        "engine": engine,
+        "against": against,
         "approximate": approximate,
         "finished_by": theirs.finished_by,
         "limit_levels": limit,
@@ -279,10 +268,10 @@ def compared(
     }
 
 
-def distance(one: Batch, other: Batch, recipe: Augmentation) -> Differences:
+def distance(batch: Batch, other: Batch, recipe: Augmentation) -> Differences:
     """|difference| over all values of all views, in 8-bit levels; finished ones scaled back."""
     parts = []
-    for mine, theirs in zip(one.views, other.views, strict=True):
+    for mine, theirs in zip(batch.views, other.views, strict=True):
         if mine.dtype == torch.uint8:
             parts.append((mine.to(torch.int16) - theirs.to(torch.int16)).abs().float())
         else:
@@ -297,9 +286,9 @@ def distance(one: Batch, other: Batch, recipe: Augmentation) -> Differences:
     )
 
 
-def facts_equal(one: Batch, other: Batch) -> bool:
+def facts_equal(batch: Batch, other: Batch) -> bool:
     """Whether all that is no pixel is equal, bit for bit: masks, boxes, keys, weights, draws."""
-    mine, theirs = list(_facts(one)), list(_facts(other))
+    mine, theirs = list(_facts(batch)), list(_facts(other))
     return [name for name, _ in mine] == [name for name, _ in theirs] and all(
         a.dtype == b.dtype and torch.equal(a, b)
         for (_, a), (_, b) in zip(mine, theirs, strict=True)
@@ -320,22 +309,13 @@ def _facts(batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _context(store: Store, options: argparse.Namespace) -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
-    for distribution in metadata.distributions():
-        name = distribution.name.lower()
-        if name.startswith(PACKAGES):
-            versions[name] = distribution.version
     return {
         "samples": options.samples,
         "seed": options.seed,
-        "data": "/".join(Path(store.uri).parts[-2:]),
+        "data": last_parts(store.uri),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "processor": processor(),
-            "cores": usable_cores(),
-            "system": platform.platform(),
-        },
-        "versions": dict(sorted(versions.items())),
+        "machine": machine(),
+        "versions": package_versions(PACKAGES),
     }
 
 

@@ -4,8 +4,8 @@ RELICv2 (Tomasev et al. 2022) removes backgrounds with DeepUSPS (Nguyen et al. 2
 hand-crafted saliency methods, each refined by a deep network and a random field over its own
 predictions for some rounds, then fused; its backbone had been trained on labelled street scenes.
 Here is the same idea at a size that a CPU bears, and without any label: five classical measures
-vote (saliency.py), a small network learns from scratch what their majorities have in common
-(saliency_network.py), once, and says for every image what is salient. Its masks are coarser, and
+vote (masks/measures.py), a small network learns from scratch what their majorities have in common
+(masks/network.py), once, and says for every image what is salient. Its masks are coarser, and
 follow colour contrast more than objects; the contact sheet shows how they are before anything
 depends on them.
 
@@ -21,14 +21,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from headrace.shards.atomic import atomic_file
 from headrace.shards.component import component_directory
@@ -37,10 +35,14 @@ from headrace.shards.cores import usable_cores
 from headrace.shards.index import ShardError, read_index
 from headrace.shards.manifest import Manifest
 from headrace.shards.parts import Note
+from headrace.shards.progress import progress_bar
 from headrace.shards.store import Store, open_store
+from headrace.shards.cores import usable_cores
+from headrace.tools.arguments import decimal, png, positive, whole
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
 from headrace.tools.masks.measures import MEASURES, consensus, measured
 from headrace.tools.masks.network import MULTIPLE, SaliencyNetwork, new_network, predict, train
+from headrace.tools.view_pictures import enlargement, last_parts
 
 DESCRIPTION = """\
 Make saliency masks for DATA, which make_shards wrote: the component that `--method relic_v2` takes
@@ -65,7 +67,6 @@ _AT_ONCE = 128  # images that pass through the network together
 _SMALL_PIXELS = 48  # up to this size images are looked at as they are, else at 96 pixels
 _SIDES = 32, 96
 _MOST_EMPTY = 0.5
-_CELL_PIXELS = 144
 
 Pixels = NDArray[np.uint8]
 
@@ -146,56 +147,34 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--split", default="train", help="of a root with splits; default: %(default)s")
     add("--name", type=_name, default="saliency", help="of the component; default: %(default)s")
     add("--preview", action="store_true", help="stop after the contact sheet, before the masks")
-    add("--sheet", metavar="FILE", type=Path, help="the PNG; default: in the component's directory")
-    add("--samples", metavar="N", type=_positive, default=8, help="images on the sheet")
+    add("--sheet", metavar="FILE", type=png, help="the PNG; default: in the component's directory")
+    add("--samples", metavar="N", type=positive, default=8, help="images on the sheet")
     small, large = _SIDES
     by_size = f"{small} for images of up to {_SMALL_PIXELS} pixels, else {large}"
-    add("--side", metavar="N", type=_side, help=f"pixels to look at; default: {by_size}")
+    add(
+        "--side",
+        metavar="N",
+        type=whole(16, 512, MULTIPLE),
+        help=f"pixels to look at; default: {by_size}",
+    )
     voted = "images that the measures vote on; default: %(default)s"
-    add("--train-images", metavar="N", type=_positive, default=2000, help=voted)
+    add("--train-images", metavar="N", type=positive, default=2000, help=voted)
     steps = "of the network, 32 images each; default: %(default)s"
-    add("--steps", metavar="N", type=_positive, default=400, help=steps)
-    add("--seed", metavar="S", type=_whole, default=0, help="of images and network; default: 0")
-    add("--quality", metavar="Q", type=_quality, default=75, help="of the JPEGs; default: 75")
+    add("--steps", metavar="N", type=positive, default=400, help=steps)
+    add(
+        "--seed",
+        metavar="S",
+        type=whole(0, 2**63 - 1),
+        default=0,
+        help="of images and network; default: 0",
+    )
+    add("--quality", metavar="Q", type=whole(1, 100), default=75, help="of the JPEGs; default: 75")
     kept = "images that are salient to a smaller part are kept whole; default: %(default)s"
-    add("--least-share", metavar="X", type=_share, default=0.02, help=kept)
+    share = decimal("in [0, 1)", lambda share: 0 <= share < 1)
+    add("--least-share", metavar="X", type=share, default=0.02, help=kept)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the network")
-    add("--threads", metavar="N", type=_positive, default=usable_cores(), help="default: all cores")
+    add("--threads", metavar="N", type=positive, default=usable_cores(), help="default: all cores")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
-    return int(text)
-
-
-def _side(text: str) -> int:
-    if not text.isdecimal() or int(text) % MULTIPLE or not 16 <= int(text) <= 512:
-        raise argparse.ArgumentTypeError(f"{text!r} is no multiple of {MULTIPLE} from 16 to 512")
-    return int(text)
-
-
-def _quality(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is not from 1 to 100")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not in [0, 1)")
-    return value
 
 
 def _name(text: str) -> str:
@@ -241,10 +220,6 @@ def _stacked(pictures: Sequence[Pixels]) -> torch.Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
-def _bar(what: str, total: int, done: int = 0, unit: str = " images") -> "tqdm[Any]":
-    return tqdm(desc=what, total=total, initial=done, unit=unit, mininterval=0.5)
-
-
 def _network(job: Job, path: Path) -> SaliencyNetwork:
     """Trained, or read where an earlier call trained it."""
     network = new_network(job.options.seed).to(job.device)
@@ -255,21 +230,21 @@ def _network(job: Job, path: Path) -> SaliencyNetwork:
     ids = np.random.default_rng(job.options.seed).permutation(len(job.store))[:wanted]
     pictures: list[Pixels] = []
     shares = []
-    with _bar("voting", wanted) as bar:
+    with progress_bar("voting", wanted) as bar:
         for start in range(0, wanted, _AT_ONCE):
             squares = _squares(job, ids[start : start + _AT_ONCE].tolist())
             for share in job.pool.map(lambda square: consensus(measured(square)), squares):
                 shares.append(share)
                 bar.update()
             pictures += squares
-    found = np.stack(shares)[:, None]
-    empty = int(((found > 0.5).mean(axis=(1, 2, 3)) < job.options.least_share).sum())
+    votes = np.stack(shares)[:, None]
+    empty = int(((votes > 0.5).mean(axis=(1, 2, 3)) < job.options.least_share).sum())
     if empty > _MOST_EMPTY * wanted:
         raise ShardError(
             f"the measures agree on nothing salient in {empty} of {wanted} images of "
             f"{job.store.uri}: there is no background to remove"
         )
-    with _bar("learning", job.options.steps, unit=" steps") as bar:
+    with progress_bar("learning", job.options.steps, unit="steps") as bar:
 
         def report(loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -278,7 +253,7 @@ def _network(job: Job, path: Path) -> SaliencyNetwork:
         train(
             network,
             _stacked(pictures),
-            torch.from_numpy(found),
+            torch.from_numpy(votes),
             steps=job.options.steps,
             seed=job.options.seed,
             report=report,
@@ -294,11 +269,11 @@ def _network(job: Job, path: Path) -> SaliencyNetwork:
 
 def _masks(job: Job, network: SaliencyNetwork, ids: Sequence[int]) -> Iterator[tuple[Pixels, bool]]:
     """(mask uint8 [S, S], whether anything was found) of each sample."""
-    for found in predict(network, _stacked(_squares(job, ids))).numpy():
-        if (found > 0.5).mean() < job.options.least_share:
-            yield np.full(found.shape, 255, np.uint8), False
+    for shares in predict(network, _stacked(_squares(job, ids))).numpy():
+        if (shares > 0.5).mean() < job.options.least_share:
+            yield np.full(shares.shape, 255, np.uint8), False
         else:
-            yield np.rint(255 * found).astype(np.uint8), True
+            yield np.rint(255 * shares).astype(np.uint8), True
 
 
 def _write(job: Job, network: SaliencyNetwork, writer: ComponentWriter) -> None:
@@ -313,20 +288,20 @@ def _write(job: Job, network: SaliencyNetwork, writer: ComponentWriter) -> None:
 
     missing = writer.missing()
     left = sum(len(ids) for _, ids in missing)
-    with _bar("writing masks", len(job.store), len(job.store) - left) as bar:
+    with progress_bar("writing masks", len(job.store), done=len(job.store) - left) as bar:
         for part, ids in missing:
             images: list[bytes] = []
             notes: list[Note] = []
             for start in range(ids.start, ids.stop, _AT_ONCE):
                 some = range(start, min(start + _AT_ONCE, ids.stop))
-                masks, found = zip(*_masks(job, network, some), strict=True)
+                masks, salient = zip(*_masks(job, network, some), strict=True)
                 sizes = job.store.sizes(list(some)).tolist()
                 images += job.pool.map(encoded, masks, sizes)
                 names = job.store.names(list(some))
                 notes += [
                     Note(name, "repaired", WHOLE)
-                    for name, any_found in zip(names, found, strict=True)
-                    if not any_found
+                    for name, is_salient in zip(names, salient, strict=True)
+                    if not is_salient
                 ]
                 bar.update(len(some))
             writer.write(part, images, notes)
@@ -355,24 +330,25 @@ def _sheet(job: Job, network: SaliencyNetwork) -> Image.Image:
     rows = zip(
         ids, _squares(job, ids), _masks(job, network, ids), greys, job.store.names(ids), strict=True
     )
-    for sample_id, square, (mask, found), grey, name in rows:
+    for sample_id, square, (mask, is_salient), grey, name in rows:
         height, width = job.store.sizes([sample_id])[0].tolist()
         maps = measured(square)
-        shown = [*maps.values(), consensus(maps), mask / 255]
+        shares = [*maps.values(), consensus(maps), mask / 255]
         share = (mask / 255)[..., None]
         masked = np.rint(grey + share * (square.astype(np.float64) - grey)).astype(np.uint8)
-        pictures = [Image.fromarray(np.rint(255 * map_).astype(np.uint8)) for map_ in shown]
+        pictures = [Image.fromarray(np.rint(255 * map_).astype(np.uint8)) for map_ in shares]
         views = tuple(
             _boxed(picture.convert("RGB"), height, width)
             for picture in (*pictures, Image.fromarray(masked))
         )
-        salient = f"{(share > 0.5).mean():.0%} salient" if found else "kept whole"
+        caption = f"{(share > 0.5).mean():.0%} salient" if is_salient else "kept whole"
         original = Image.fromarray(square).resize((width, height))
-        cells.append(Cell(original, salient, (f"{sample_id}: {name}",), views))
-    factor = max(1, round(_CELL_PIXELS / job.side))
-    groups = [Group(column, "", 1, factor * job.side, 1) for column in columns]
-    called = "/".join(Path(job.store.uri).parts[-2:])
-    return contact_sheet(cells, groups, f"saliency of {called}, seed {job.options.seed}")
+        cells.append(Cell(original, caption, (f"{sample_id}: {name}",), views))
+    side = enlargement(job.side) * job.side
+    groups = [Group(column, "", 1, side, 1) for column in columns]
+    return contact_sheet(
+        cells, groups, f"saliency of {last_parts(job.store.uri)}, seed {job.options.seed}"
+    )
 
 
 def _boxed(picture: Image.Image, height: int, width: int) -> Image.Image:

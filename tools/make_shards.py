@@ -14,6 +14,7 @@ from headrace.shards.index import ShardError
 from headrace.shards.manifest import Format
 from headrace.shards.sources import SourceSplit, estimate_bytes, list_source
 from headrace.shards.workers import open_executor
+from headrace.tools.arguments import positive
 from headrace.training.invocation import as_typed
 
 DESCRIPTION = """\
@@ -92,24 +93,18 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--format", choices=get_args(Format), default="webdataset", help="default: %(default)s")
     add("--max-side", metavar="N", type=int, help="shrink so that the longest side has N pixels")
     add("--quality", metavar="Q", type=int, help="write every image as JPEG of this quality")
-    add("--workers", metavar="N", type=_positive, help="processes; default: one per core")
+    add("--workers", metavar="N", type=positive, help="processes; default: one per core")
     add("--seed", metavar="S", type=int, default=0, help="of the shuffle; default: %(default)s")
     add("--split", metavar="NAME", choices=("train", "val", "test"), help="convert only this one")
     add("--strict", action="store_true", help="refuse to finish if an image had to be left out")
     add(
         "--shard-megabytes",
         metavar="N",
-        type=_positive,
+        type=positive,
         default=256,
         help="about how large a tar becomes; default: %(default)s",
     )
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _announce(split: SourceSplit, directory: Path) -> None:

@@ -51,14 +51,14 @@ def agreement_section(lines: Sequence[Line]) -> str:
     """Each engine against `reference`; of the pairs of the others what is worst."""
     last = _last(lines)
     table = agreement_table([line for line in lines if line["against"] == "reference"])
-    said = [f"{last['samples']} photographs."]
+    sentences = [f"{last['samples']} photographs."]
     others = [line for line in lines if line["against"] != "reference" and line["supported"]]
     for against, engine in dict.fromkeys((line["against"], line["engine"]) for line in others):
         worst = max(
             (line for line in others if (line["against"], line["engine"]) == (against, engine)),
             key=lambda line: line["mean_levels"],
         )
-        said.append(
+        sentences.append(
             f"Between `{against}` and `{engine}` no mean is above {number(worst['mean_levels'])} "
             f"({worst['name']})."
         )
@@ -69,11 +69,11 @@ def agreement_section(lines: Sequence[Line]) -> str:
     ]
     broken = dict.fromkeys(line["name"] for line in beyond if not line["holds"])
     approximated = dict.fromkeys(line["name"] for line in beyond if line["holds"])
-    said.append(f"Beyond their limit: {'; '.join(broken)}." if broken else "All limits hold")
+    sentences.append(f"Beyond their limit: {'; '.join(broken)}." if broken else "All limits hold")
     if not broken:
         but = f" but those of what is approximated: {'; '.join(approximated)}."
-        said[-1] += but if approximated else "."
-    return f"{table}\n\n{' '.join([*said, _where(last)])}"
+        sentences[-1] += but if approximated else "."
+    return f"{table}\n\n{' '.join([*sentences, _where(last)])}"
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from headrace.pipelines.recipe import Augmentation, View
 from headrace.shards.atomic import atomic_file
 from headrace.shards.index import ShardError
 from headrace.shards.store import Store
+from headrace.tools.arguments import png, positive, some_of
 from headrace.tools.contact_sheet import CAPTION_HEIGHT, Cell, Group, contact_sheet, fitting_columns
 from headrace.tools.result_tables import number
 from headrace.tools.view_pictures import (
@@ -50,7 +51,7 @@ ERASED_OUTLINE, PASTED_OUTLINE = (255, 255, 0), (255, 0, 255)
 
 
 @dataclass(frozen=True)
-class Shown:
+class Request:
     """What to show: training images, their views and what to call these; through which engines."""
 
     store: Store
@@ -65,17 +66,16 @@ class Shown:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
-        shown = _what_to_show(options)
+        request = _requested(options)
         batches, names = zip(
-            *(_first_batch(shown, engine) for engine in shown.engines), strict=True
+            *(_first_batch(request, engine) for engine in request.engines), strict=True
         )
-        cells, note = _cells(batches, shown)
+        cells, note = _cells(batches, request)
         through = f"{' and '.join(names)} engine" + "s" * (len(names) > 1)
-        sheet = contact_sheet(
-            cells,
-            _groups(shown.augmentation, names),
-            f"{shown.called}   {last_parts(shown.store.uri)}   {through}, seed {shown.seed}{note}",
+        title = (
+            f"{request.called}   {last_parts(request.store.uri)}   {through}, seed {request.seed}"
         )
+        sheet = contact_sheet(cells, _groups(request.augmentation, names), title + note)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(options.out) as file:
             sheet.save(file, format="PNG")
@@ -108,7 +108,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--data", type=Path, help="data set; by default the run's, or ./data's only"
     )
     parser.add_argument("--preset", default="auto", help="with --method: which of its presets")
-    parser.add_argument("--out", type=Path, required=True, help="the PNG file to write")
+    parser.add_argument("--out", type=png, required=True, help="the PNG file to write")
     through = parser.add_mutually_exclusive_group()
     through.add_argument("--engine", help="auto, dali, reference, ...; default: the run's")
     through.add_argument(
@@ -116,21 +116,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--approximate",
-        type=_approximations,
+        type=some_of(APPROXIMATIONS),
         default=(),
         metavar="NAMES",
         help=f"what an engine may do differently: {', '.join(APPROXIMATIONS)}",
     )
     parser.add_argument("--seed", type=int, help="of order and randomness; default: the run's")
-    parser.add_argument("--samples", type=_positive, default=8, help="number of images")
+    parser.add_argument("--samples", type=positive, default=8, help="number of images")
     return parser.parse_args(arguments)
-
-
-def _approximations(text: str) -> tuple[Approximation, ...]:
-    known: tuple[Approximation, ...] = tuple(a for a in APPROXIMATIONS if a in text.split(","))
-    if len(known) != len(text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r}: there are {', '.join(APPROXIMATIONS)}")
-    return known
 
 
 def _two(text: str) -> tuple[str, ...]:
@@ -140,13 +133,7 @@ def _two(text: str) -> tuple[str, ...]:
     return names
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
-    return int(text)
-
-
-def _what_to_show(options: argparse.Namespace) -> Shown:
+def _requested(options: argparse.Namespace) -> Request:
     engine, seed = "auto", 0
     if options.run is not None:
         record = read_record(options.run)
@@ -163,40 +150,40 @@ def _what_to_show(options: argparse.Namespace) -> Shown:
         views, called = recipe.augmentation, f"{options.method} ({preset})"
     if options.samples > len(store):
         raise ShardError(f"--samples is {options.samples}, and {store.uri} has {len(store)} images")
-    return Shown(
+    return Request(
         store,
         views,
         called,
         options.diff or (options.engine or engine,),
         seed if options.seed is None else options.seed,
         options.samples,
-        options.approximate,
+        tuple(options.approximate),
     )
 
 
-def _first_batch(shown: Shown, engine: str) -> tuple[Batch, str]:
+def _first_batch(request: Request, engine: str) -> tuple[Batch, str]:
     """(the first batch of epoch 0, of whole groups, on the CPU; the engine's name).
 
     Views are uint8, or finished where the recipe erases or mixes.
     """
-    group = shown.augmentation.group
-    length = -(-shown.samples // group) * group
-    if length > len(shown.store):
+    group = request.augmentation.group
+    length = -(-request.samples // group) * group
+    if length > len(request.store):
         raise LoaderError(
-            f"the recipe {shown.augmentation.name!r} draws for groups of {group} samples, and "
-            f"{shown.store.uri} has {len(shown.store)}"
+            f"the recipe {request.augmentation.name!r} draws for groups of {group} samples, and "
+            f"{request.store.uri} has {len(request.store)}"
         )
     with open_loader(
-        shown.store,
-        shown.augmentation,
+        request.store,
+        request.augmentation,
         batch_size=length,
-        seed=shown.seed,
+        seed=request.seed,
         engine=engine,
-        stage=_finishes(shown.augmentation),
+        stage=_finishes(request.augmentation),
         threads=2,
         prefetch=1,
         passes=1,
-        approximate=shown.approximate,
+        approximate=request.approximate,
     ) as loader:
         return next(iter(loader)), loader.engine_name
 
@@ -206,11 +193,11 @@ def _finishes(augmentation: Augmentation) -> bool:
     return erases or augmentation.mix is not None
 
 
-def _cells(batches: Sequence[Batch], shown: Shown) -> tuple[list[Cell], str]:
+def _cells(batches: Sequence[Batch], request: Request) -> tuple[list[Cell], str]:
     """(a cell per sample, what the title must say of them)."""
-    batch, store = batches[0], shown.store
-    ids = batch.ids.numpy()[: shown.samples]
-    by_engine = [[levels(view, shown.augmentation) for view in made.views] for made in batches]
+    batch, store = batches[0], request.store
+    ids = batch.ids.numpy()[: request.samples]
+    by_engine = [[levels(view, request.augmentation) for view in batch.views] for batch in batches]
     factor = 1
     if len(batches) == 2:
         mine, theirs = by_engine
@@ -222,7 +209,7 @@ def _cells(batches: Sequence[Batch], shown: Shown) -> tuple[list[Cell], str]:
         pictures, labels = [], []
         if len(batches) == 1:
             for view in range(len(batch.views)):
-                pictures += _view_pictures(batch, row, view, by_engine[0][view][row], shown)
+                pictures += _view_pictures(batch, row, view, by_engine[0][view][row], request)
             labels = [""] * len(pictures)
         else:
             for a, b in zip(*by_engine, strict=True):
@@ -240,7 +227,7 @@ def _cells(batches: Sequence[Batch], shown: Shown) -> tuple[list[Cell], str]:
 
 
 def _view_pictures(
-    batch: Batch, row: int, view: int, pixels: NDArray[np.float32], shown: Shown
+    batch: Batch, row: int, view: int, pixels: NDArray[np.float32], request: Request
 ) -> Iterator[Image.Image]:
     """A view with its boxes outlined; where it has a mask, again with what that hides or names."""
     picture = picture_of(pixels)
@@ -251,7 +238,7 @@ def _view_pictures(
     if batch.mixed is not None:
         _outline(outline, batch.mixed.boxes[row].tolist(), PASTED_OUTLINE)
     yield picture
-    mask, kind = batch.masks[view], shown.augmentation.flat_views[view].mask
+    mask, kind = batch.masks[view], request.augmentation.flat_views[view].mask
     if mask is not None and kind is not None:
         plain = np.asarray(picture)
         removed = mask[row].numpy()

@@ -29,6 +29,7 @@ from headrace.pipelines.masks import BlockMask, RandomMask
 from headrace.shards.atomic import atomic_file
 from headrace.shards.index import ShardError
 from headrace.shards.store import Store
+from headrace.tools.arguments import png, positive
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
 from headrace.tools.view_pictures import (
     MASK_GREY,
@@ -58,12 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         record = read_record(options.run)
-        shown = open_train(record.train) if options.data is None else open_val(options.data)
+        store = open_train(record.train) if options.data is None else open_val(options.data)
         method, step = trained_method(record, open_train(record.train))
-        batch = first_batch(record, shown, options)
+        batch = first_batch(record, store, options)
         with torch.no_grad():
             painted, note = method.reconstruct(batch)
-        sheet = _sheet(record, shown, batch, painted, note, step)
+        sheet = _sheet(record, store, batch, painted, note, step)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(options.out) as file:
             sheet.save(file, format="PNG")
@@ -86,7 +87,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
-    parser.add_argument("--out", type=Path, required=True, help="the PNG file to write")
+    parser.add_argument("--out", type=png, required=True, help="the PNG file to write")
     parser.add_argument(
         "--data",
         type=Path,
@@ -94,15 +95,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="other pictures; of a root with splits val, else test. Default: the training set",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of pictures and masks")
-    parser.add_argument("--samples", type=_positive, default=8, help="number of pictures")
+    parser.add_argument("--samples", type=positive, default=8, help="number of pictures")
     parser.add_argument("--engine", help="auto, or an engine by name; default: the run's")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
-    return int(text)
 
 
 def trained_method(record: Record, train: Store) -> tuple[Reconstructs, int]:
@@ -173,7 +168,7 @@ def _sheet(
 ) -> Image.Image:
     view = record.augmentation.flat_views[0]
     seen = levels(batch.views[0], record.augmentation)
-    shown = columns(seen, levels(painted, record.augmentation), hidden(record, batch))
+    levels_shown = columns(seen, levels(painted, record.augmentation), hidden(record, batch))
     side = view.size * enlargement(view.size)
     assert isinstance(view.mask, RandomMask | BlockMask)
     cells = [
@@ -181,7 +176,7 @@ def _sheet(
             picture_of(seen[row]),
             class_name(int(batch.labels[row]), store.classes),
             (f"{int(batch.ids[row])}: {name}",),
-            tuple(picture_of(column[row]) for column in shown),
+            tuple(picture_of(column[row]) for column in levels_shown),
         )
         for row, name in enumerate(store.names(batch.ids.numpy()))
     ]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from headrace.shards.index import ShardError
 from headrace.shards.verify import verify, written_directories
+from headrace.tools.arguments import positive
 
 DESCRIPTION = """\
 Check data sets that make_shards wrote: counts, the sha256 of every shard, the content hash of every
@@ -31,10 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--no-decode", action="store_true", help="check files, counts and sha256 only: reads once"
     )
-    parser.add_argument("--workers", metavar="N", type=int, help="default: one per core")
+    parser.add_argument("--workers", metavar="N", type=positive, help="default: one per core")
     options = parser.parse_args(arguments)
-    if options.workers is not None and options.workers < 1:
-        parser.error("--workers must be at least 1")
     sound = True
     try:
         for directory in written_directories(options.directory):

@@ -35,20 +35,19 @@ class Memory:
 
 def family(pid: int) -> list[int]:
     """The process and all its descendants that are there now."""
-    found, unseen = [], [pid]
+    members, unseen = [], [pid]
     while unseen:
-        one = unseen.pop()
-        found.append(one)
-        for task in _tasks(one):
+        members.append(unseen.pop())
+        for task in _tasks(members[-1]):
             unseen += map(int, _text(task / "children").split())
-    return found
+    return members
 
 
 def memory(pid: int) -> Memory:
     """Of the process and its descendants; what vanishes meanwhile counts nothing."""
     sums = dict.fromkeys(("Anon", "Shmem", "File"), 0)
-    for one in family(pid):
-        for kind, kilobytes in _STATUS.findall(_text(PROC / str(one) / "status")):
+    for member in family(pid):
+        for kind, kilobytes in _STATUS.findall(_text(PROC / str(member) / "status")):
             sums[kind] += int(kilobytes) << 10
     return Memory(sums["Anon"], sums["Shmem"], sums["File"])
 
@@ -62,8 +61,8 @@ def counted_twice(pid: int) -> int:
     members = family(pid)
     if len(members) == 1:
         return 0
-    for one in members:
-        for kind, kilobytes in _ROLLUP.findall(_text(PROC / str(one) / "smaps_rollup")):
+    for member in members:
+        for kind, kilobytes in _ROLLUP.findall(_text(PROC / str(member) / "smaps_rollup")):
             sums[kind] += int(kilobytes) << 10
     return max(0, sums["Anonymous"] - sums["Pss_Anon"])
 
@@ -74,17 +73,16 @@ def cpu_seconds() -> dict[str, float]:
     A part is a kind of Python thread (its name without numbers), `native threads` for those that
     libraries started, `processes` for the descendants. Resolution: 10 ms each.
     """
-    own = os.getpid()
     parts: dict[str, float] = {}
     left = time.process_time()
     for thread in threading.enumerate():
-        seconds = _stat_seconds(PROC / str(own) / "task" / str(thread.native_id) / "stat")
+        seconds = _stat_seconds(PROC / "self" / "task" / str(thread.native_id) / "stat")
         name = re.sub(r"[-_ ]*\d+.*$", "", thread.name)
         parts[name] = parts.get(name, 0.0) + seconds
         left -= seconds
     parts["native threads"] = max(0.0, left)
     parts["processes"] = sum(
-        _stat_seconds(PROC / str(pid) / "stat") for pid in family(own) if pid != own
+        _stat_seconds(PROC / str(pid) / "stat") for pid in family(os.getpid())[1:]
     )
     return parts
 
@@ -106,9 +104,3 @@ def _text(path: Path) -> str:
         return path.read_text()
     except OSError:  # the process or thread has ended
         return ""
-
-
-def processor() -> str:
-    """The CPU's name, as the kernel has it."""
-    found = re.search(r"^model name\s*:\s*(.+)$", _text(PROC / "cpuinfo"), re.MULTILINE)
-    return found[1] if found else os.uname().machine

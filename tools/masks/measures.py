@@ -46,8 +46,8 @@ def spectral_residual(picture: Map) -> Map:
         np.roll(amplitude, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1)
     ) / np.float32(9)
     residual = np.exp(amplitude - around + 1j * np.angle(spectrum))
-    found = (np.abs(np.fft.ifft2(residual)) ** 2)[: small.shape[0], : small.shape[1]]
-    blurred = gaussian(found.astype(np.float32), _SPECTRUM_SIGMA * small.shape[1] / 64)
+    saliency = (np.abs(np.fft.ifft2(residual)) ** 2)[: small.shape[0], : small.shape[1]]
+    blurred = gaussian(saliency.astype(np.float32), _SPECTRUM_SIGMA * small.shape[1] / 64)
     return _enlarged(blurred, factor, height, width)
 
 
@@ -138,15 +138,15 @@ def border_contrast(picture: Map) -> Map:
     rows = max(1, round(_BORDER_SHARE * height))
     columns = max(1, round(_BORDER_SHARE * width))
     sides = (picture[:rows], picture[-rows:], picture[:, :columns], picture[:, -columns:])
-    found = []
+    distances = []
     for side in sides:
         pixels = side.reshape(-1, 3).astype(np.float64)
         covariance = np.cov(pixels.T) + np.eye(3)  # one level of noise: a side may be of one colour
         offset = picture - pixels.mean(axis=0)
         squares = np.einsum("hwc,cd,hwd->hw", offset, np.linalg.inv(covariance), offset)
         distance = np.sqrt(np.maximum(squares, 0))
-        found.append(distance / max(float(distance.max()), 1e-9))
-    return (np.sum(found, axis=0) - np.max(found, axis=0)).astype(np.float32)
+        distances.append(distance / max(float(distance.max()), 1e-9))
+    return (np.sum(distances, axis=0) - np.max(distances, axis=0)).astype(np.float32)
 
 
 MEASURES: dict[str, Callable[[Map], Map]] = {
@@ -167,7 +167,7 @@ def measured(rgb: NDArray[np.uint8]) -> dict[str, Map]:
 
 def consensus(maps: dict[str, Map]) -> Map:
     """The share of measures that call a pixel salient, each above its own threshold (Otsu 1979)."""
-    votes = [found > otsu(found) if found.max() > 0 else found > 0 for found in maps.values()]
+    votes = [map_ > otsu(map_) if map_.max() > 0 else map_ > 0 for map_ in maps.values()]
     return np.asarray(np.mean(votes, axis=0), np.float32)
 
 

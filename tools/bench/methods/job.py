@@ -5,8 +5,6 @@ an interrupted row continues: within training at the last checkpoint, after it w
 """
 
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -20,10 +18,9 @@ import torch
 
 from headrace import training
 from headrace.shards.atomic import atomic_file
-from headrace.shards.cores import usable_cores
+from headrace.tools.bench.machine import machine
 from headrace.tools.bench.methods.process import Command, Job
 from headrace.tools.bench.methods.rows import PIXELS, Row
-from headrace.tools.bench.proc import processor
 from headrace.training.backbones import ENCODER_FILE
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config
@@ -77,7 +74,7 @@ class Run:
         """Of everything that a preset says, and of the images: rows of different ones differ in
         more than their seed."""
         declared = self.config.declaration()
-        told = {
+        settings = {
             part: declared[part]
             for part in (
                 "backbone",
@@ -88,12 +85,12 @@ class Run:
                 "test",
             )
         }
-        told["batch_size"] = self.config.data.batch_size
-        told["epochs"] = self.config.run.epochs
-        told["precision"] = self.config.run.precision
-        told["train"] = open_train(self.bench.data).fingerprint
-        told["subset"] = sha256(self.bench.subset.read_bytes()).hexdigest()
-        return _hash(told)
+        settings["batch_size"] = self.config.data.batch_size
+        settings["epochs"] = self.config.run.epochs
+        settings["precision"] = self.config.run.precision
+        settings["train"] = open_train(self.bench.data).fingerprint
+        settings["subset"] = sha256(self.bench.subset.read_bytes()).hexdigest()
+        return _hash(settings)
 
     @property
     def directory(self) -> Path:
@@ -168,19 +165,22 @@ def measure(run: Run) -> Job[Row]:
         "setting": run.setting,
     }
     try:
-        told = yield from _trained(run)
+        training = yield from _trained(run)
         judged = yield from _judged(run, "trained", [])
         before = yield from _judged(run, "untrained", ["--untrained"], _untrained_file(run))
         metrics = _metrics(run.directory / METRICS_FILE, run.config.data.batch_size)
     except (JobError, ConfigError) as error:
         return {**row, "status": "failed", "error": str(error), **_context(run.bench)}
+    except Exception as error:  # whatever a method's code raises, its neighbours go on
+        what = f"{type(error).__name__}: {error}"
+        return {**row, "status": "failed", "error": what, **_context(run.bench)}
     return {
         **row,
         "untrained": before["top1"],
         "trained": judged["top1"],
         "linear": {"untrained": before["linear"], "trained": judged["linear"]},
         **metrics,
-        "peak_memory_bytes": told["peak_memory_bytes"],
+        "peak_memory_bytes": training["peak_memory_bytes"],
         "seconds": {
             "train": metrics["train_seconds"],
             "judge": judged["seconds"],
@@ -247,10 +247,10 @@ def _trained(run: Run) -> Job[dict[str, Any]]:
     )
     if ended.code != 0 or not (run.directory / ENCODER_FILE).is_file():
         raise JobError(f"training ended with {ended.code}: {ended.said} ({log})")
-    told = {"peak_memory_bytes": ended.peak_memory_bytes, "process_seconds": ended.seconds}
+    process = {"peak_memory_bytes": ended.peak_memory_bytes, "process_seconds": ended.seconds}
     with atomic_file(noted) as file:
-        file.write((json.dumps(told) + "\n").encode())
-    return told
+        file.write((json.dumps(process) + "\n").encode())
+    return process
 
 
 def _judged(
@@ -301,10 +301,10 @@ def _untrained_file(run: Run) -> Path:
     noise = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         values = [*encoder.state_dict().values(), encoder(noise)]
-    known = sha256(run.test_view.encode() + train.fingerprint.encode())
+    digest = sha256(run.test_view.encode() + train.fingerprint.encode())
     for value in values:
-        known.update(value.contiguous().numpy().tobytes())
-    return run.bench.runs / "untrained" / f"{known.hexdigest()[:16]}.json"
+        digest.update(value.contiguous().numpy().tobytes())
+    return run.bench.runs / "untrained" / f"{digest.hexdigest()[:16]}.json"
 
 
 def _metrics(path: Path, batch_size: int) -> dict[str, Any]:
@@ -331,15 +331,10 @@ def _context(bench: Bench) -> dict[str, Any]:
     return {
         "jobs": bench.jobs,
         "threads": bench.threads,
-        "machine": {
-            "processor": processor(),
-            "cores": usable_cores(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "system": platform.platform(),
-        },
+        "machine": machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _hash(told: Mapping[str, Any]) -> str:
-    return sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:10]
+def _hash(values: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:10]

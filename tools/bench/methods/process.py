@@ -1,11 +1,14 @@
 """Child processes of `bench_methods.py`, some side by side, driven by one loop without threads.
 
 A job is a generator: it yields the command that it wants to be run, is sent what came of it, and
-returns its result. Linux keeps a process's largest resident set itself, so that reading it now and
-then misses no peak but one in the last moments.
+returns its result. Between commands jobs build networks from torch's global generator, which
+threads would disturb.
+
+Linux keeps a process's largest resident set itself, so that reading it now and then misses no peak
+but one in the last moments. (What `os.wait4` tells is no less than this process had when it forked:
+that of a small command would be ours.)
 """
 
-import ctypes
 import os
 import re
 import signal
@@ -14,13 +17,14 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from headrace.shards.lifetime import end_with_parent
+
 POLL_SECONDS = 0.2
 ENDING_SECONDS = 60.0  # for a run to write its checkpoint once it was asked to end
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LIBC = ctypes.CDLL(None)
 _PEAK = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
 
 Outcome = TypeVar("Outcome")
@@ -69,7 +73,8 @@ class _Child:
                 stdout=log,
                 stderr=log,
                 env=environment,
-                preexec_fn=_end_with_parent,
+                # A run whose measurement is gone saves its checkpoint and ends.
+                preexec_fn=partial(end_with_parent, signal.SIGTERM),
             )
 
     def poll(self) -> Ended | None:
@@ -78,8 +83,8 @@ class _Child:
             status = Path(f"/proc/{self.process.pid}/status").read_text()
         except OSError:
             status = ""
-        if found := _PEAK.search(status):
-            self._peak = max(self._peak, int(found[1]) << 10)
+        if peak := _PEAK.search(status):
+            self._peak = max(self._peak, int(peak[1]) << 10)
         code = self.process.poll()
         if code is None:
             return None
@@ -90,12 +95,6 @@ class _Child:
         text = self._log.read_text(encoding="utf-8", errors="replace")
         lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
         return lines[-1].removeprefix("error: ") if lines else "it said nothing"
-
-
-def _end_with_parent() -> None:
-    """A run whose measurement is gone saves its checkpoint and ends."""
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 @dataclass
@@ -126,20 +125,21 @@ def run_jobs(
                     pending.remove(name)
                     job = jobs[name]()
                     _proceed(name, job, None, active, begun, finished)
-            for name, one in list(active.items()):
-                if (ended := one.child.poll()) is not None:
+            for name, running in list(active.items()):
+                if (ended := running.child.poll()) is not None:
                     del active[name]
-                    _proceed(name, one.job, ended, active, begun, finished)
+                    _proceed(name, running.job, ended, active, begun, finished)
             if active:
                 time.sleep(POLL_SECONDS)
     finally:
-        for one in active.values():
-            one.child.process.terminate()
-        for one in active.values():
+        processes = [running.child.process for running in active.values()]
+        for process in processes:
+            process.terminate()
+        for process in processes:
             try:
-                one.child.process.wait(ENDING_SECONDS)
+                process.wait(ENDING_SECONDS)
             except subprocess.TimeoutExpired:
-                one.child.process.kill()
+                process.kill()
 
 
 def _proceed(

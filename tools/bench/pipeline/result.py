@@ -5,16 +5,13 @@ Ratios are taken round by round, between rows that ran shortly after each other,
 reported: a machine that drifts moves both sides.
 """
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from statistics import median
 from typing import Any
 
-from headrace.shards.cores import usable_cores
+from headrace.tools.bench.machine import machine, package_versions
 from headrace.tools.bench.pipeline.task import (
     DALI_READER,
     DECODE,
@@ -23,7 +20,7 @@ from headrace.tools.bench.pipeline.task import (
     VIEW_SIDES,
     Task,
 )
-from headrace.tools.bench.proc import Memory, processor
+from headrace.tools.bench.proc import Memory
 
 PACKAGES = (
     "headrace", "torch", "torchvision", "timm", "numpy", "numba", "pillow", "simplejpeg",
@@ -101,9 +98,9 @@ class Result:
         return self.plan_seconds_per_image / used if used else None
 
 
-def ratio(one: Result, other: Result) -> float:
-    """How many times as fast `one` is: the median over rounds."""
-    return median(a / b for a, b in zip(one.rates, other.rates, strict=False))
+def ratio(result: Result, other: Result) -> float:
+    """How many times as fast `result` is: the median over rounds."""
+    return median(a / b for a, b in zip(result.rates, other.rates, strict=False))
 
 
 def find(results: Sequence[Result], engine: str, output: str = "float32") -> Result | None:
@@ -135,7 +132,7 @@ def line(
     task = result.task
     decode = find(group, DECODE)
     views = len(VIEW_SIDES[task.recipe])
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "recipe": task.recipe,
         "engine": task.engine,
         "threads": task.threads,
@@ -160,32 +157,32 @@ def line(
         "notes": result.notes,
     }
     if decode is not None:
-        found["decode_images_per_second_by_round"] = [_short(rate) for rate in decode.rates]
+        facts["decode_images_per_second_by_round"] = [_short(rate) for rate in decode.rates]
     if one_thread is not None:
-        found["times_one_thread"] = _short(result.rate / one_thread.rate)
+        facts["times_one_thread"] = _short(result.rate / one_thread.rate)
     other = find(group, task.engine, "uint8")
     if task.output == "float32" and other is not None:
-        found["uint8_images_per_second"] = _short(other.rate)
+        facts["uint8_images_per_second"] = _short(other.rate)
     if task.engine in OWN_ENGINES:
         peers = {peer: find(group, peer, task.output) for peer in PEERS}
-        found["times_peer"] = {
+        facts["times_peer"] = {
             name: _short(ratio(result, peer)) for name, peer in peers.items() if peer is not None
         }
     if result.plan_seconds_per_image is not None and result.plan_share is not None:
-        found["plan_seconds_per_image"] = _short(result.plan_seconds_per_image)
-        found["plan_share"] = _short(result.plan_share)
+        facts["plan_seconds_per_image"] = _short(result.plan_seconds_per_image)
+        facts["plan_share"] = _short(result.plan_share)
     if result.interpreter_share is not None:
-        found["interpreter_share"] = _short(result.interpreter_share)
+        facts["interpreter_share"] = _short(result.interpreter_share)
     if task.engine == "dali" and task.output == "float32":
         cost = reader_cost(group)
         if cost is not None:
-            found["external_source_share"] = _short(cost)
+            facts["external_source_share"] = _short(cost)
     if result.anonymous_by_epoch:
-        found["anonymous_bytes_by_epoch"] = result.anonymous_by_epoch
+        facts["anonymous_bytes_by_epoch"] = result.anonymous_by_epoch
     refusals = {row.task.engine: row.cannot for row in group if row.cannot}
     if refusals:
-        found["cannot_express"] = refusals
-    return found | context
+        facts["cannot_express"] = refusals
+    return facts | context
 
 
 def context_of(data: dict[str, Any], rounds: int, seconds: float) -> dict[str, Any]:
@@ -194,24 +191,10 @@ def context_of(data: dict[str, Any], rounds: int, seconds: float) -> dict[str, A
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "rounds": rounds,
         "seconds_per_round": seconds,
-        "machine": {
-            "processor": processor(),
-            "cores": usable_cores(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "system": platform.platform(),
-        },
-        "versions": _versions(),
+        "machine": machine(),
+        "versions": package_versions(PACKAGES),
         "data": data,
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for distribution in metadata.distributions():
-        name = distribution.name.lower()
-        if name in PACKAGES or name.startswith("nvidia-dali"):
-            found[name] = distribution.version
-    return dict(sorted(found.items()))
 
 
 def _short(value: float) -> float:

@@ -21,11 +21,11 @@ ANSWER_WITHIN_SECONDS = 300.0  # beyond the time that was asked for
 CLOSE_WITHIN_SECONDS = 10.0
 
 
-class MemberError(Exception):
+class RowError(Exception):
     """A row stopped or never answered; says which, and what it said last."""
 
 
-class Member:
+class RowProcess:
     """A row's process. peak: the largest memory seen so far, while it was opened and in rounds."""
 
     def __init__(self, task: Task, log: Path) -> None:
@@ -46,7 +46,7 @@ class Member:
     def open(self) -> dict[str, Any]:
         """Open the row: {"import_seconds", "first_batch_seconds", "notes"}.
 
-        Raises CannotExpress or MemberError.
+        Raises CannotExpress or RowError.
         """
         answer = self._ask(self.task.to_json(), OPEN_WITHIN_SECONDS)
         self._twice = counted_twice(self._process.pid)
@@ -91,7 +91,7 @@ class Member:
     def _ask(self, command: Mapping[str, Any], within_seconds: float) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:
-            raise MemberError(f"{self.task.called}: its process has no pipes")
+            raise RowError(f"{self.task.called}: its process has no pipes")
         try:
             stdin.write(json.dumps(command).encode() + b"\n")
             stdin.flush()
@@ -108,7 +108,7 @@ class Member:
                         raise self._ended()
                     line += read
                 elif time.monotonic() > deadline:
-                    raise MemberError(
+                    raise RowError(
                         f"{self.task.called} did not answer within {within_seconds:.0f} s"
                     )
                 else:
@@ -117,13 +117,13 @@ class Member:
         if "cannot" in answer:
             raise CannotExpress(answer["cannot"])
         if "error" in answer:
-            raise MemberError(f"{self.task.called} failed: {answer['error']}")
+            raise RowError(f"{self.task.called} failed: {answer['error']}")
         return answer
 
-    def _ended(self) -> MemberError:
+    def _ended(self) -> RowError:
         said = self._log.read_text(errors="replace").strip().splitlines()
         last = f": {said[-1]}" if said else ""
-        return MemberError(f"{self.task.called}: its process ended{last}")
+        return RowError(f"{self.task.called}: its process ended{last}")
 
 
 def _environment(task: Task) -> dict[str, str]:

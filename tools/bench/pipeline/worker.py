@@ -1,7 +1,7 @@
 """One row of `bench_pipeline.py` in a process of its own: opened once, run in rounds when told.
 
 Commands come as JSON lines on stdin, answers go as JSON lines to what stdout was; whatever
-libraries print goes to stderr. Started by `member`, not by hand.
+libraries print goes to stderr. Started by row_process.py, not by hand.
 
 A round ends, and is answered, when the row has filled its buffers and gone quiet: whoever is
 measured next has the cores for itself.

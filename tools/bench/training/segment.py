@@ -4,10 +4,8 @@ The process itself is watched from outside: metrics.jsonl says how fast it train
 waits, /proc how busy its cores are and how much it has to fetch from storage.
 """
 
-import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,14 +17,13 @@ import torch
 
 from headrace import training
 from headrace.shards.cores import usable_cores
+from headrace.shards.lifetime import end_with_parent
 from headrace.training.config import Config
 from headrace.training.run.checkpoint import METRICS_FILE
 
 TRAIN = Path(training.__file__).parent / "train.py"
 POLL_SECONDS = 0.3
 BUSY = 0.85  # share of the cores' time from which on they leave none over
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LIBC = ctypes.CDLL(None)
 
 
 class BenchError(ValueError):
@@ -82,12 +79,12 @@ def run_segment(
     options = {"run.out": out, "data.engine": engine, "run.log-every": log_every}
     options |= {"run.evaluate-every": 0, "run.save-every": 10**9}
     added = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    with out.with_suffix(".log").open("w+", encoding="utf-8") as said:
+    with out.with_suffix(".log").open("w+", encoding="utf-8") as log:
         child = subprocess.Popen(
             [sys.executable, str(TRAIN), *arguments, *added],
-            stdout=said,
-            stderr=said,
-            preexec_fn=_end_with_parent,
+            stdout=log,
+            stderr=log,
+            preexec_fn=end_with_parent,
         )
         try:
             segment = _watch(child, config, out / METRICS_FILE, seconds)
@@ -95,16 +92,11 @@ def run_segment(
             child.kill()
             child.wait()
         if segment is None:
-            said.seek(0)
-            text = ["it said nothing", *filter(str.strip, said)]
+            log.seek(0)
+            text = ["it said nothing", *filter(str.strip, log)]
             reason = text[-1].strip().removeprefix("error: ")
             raise BenchError(f"the run with {engine} data ended before it was measured: {reason}")
     return segment
-
-
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _watch(
