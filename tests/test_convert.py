@@ -502,7 +502,7 @@ def test_mistakes_on_the_command_line_end_in_words(tmp_path: Path) -> None:
     for arguments, code, words in [
         (["nowhere"], 1, "nowhere does not exist; expected one of"),
         ([".", "--quality", "101"], 1, "quality is 101; it must be from 1 to 100"),
-        ([".", "--workers", "0"], 2, "'0' is not a whole number above 0"),
+        ([".", "--workers", "0"], 2, "'0' is not a whole number of at least 1"),
         ([".", "--format", "zip"], 2, "invalid choice: 'zip'"),
     ]:
         result = run_tool(*arguments, cwd=tmp_path)

@@ -43,7 +43,14 @@ def decimal(allowed: str, fits: Callable[[float], bool]) -> Callable[[str], floa
 
 def several(parse: Callable[[str], Value]) -> Callable[[str], list[Value]]:
     """What `parse` takes, with commas between."""
-    return lambda text: [parse(part) for part in text.split(",") if part]
+
+    def parse_all(text: str) -> list[Value]:
+        values = [parse(part) for part in text.split(",") if part]
+        if not values:
+            raise ArgumentTypeError(f"{text!r} names nothing")
+        return values
+
+    return parse_all
 
 
 def some_of(available: Sequence[Name]) -> Callable[[str], list[Name]]:

@@ -160,6 +160,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="put the peers' copies of the images there; default: the temporary directory",
     )
     options = parser.parse_args(arguments)
+    options.threads = sorted(set(options.threads))
     if options.batch_size % 2:
         parser.error(f"argument --batch-size: {options.batch_size} is odd; Mixup needs pairs")
     if options.append and options.json is None:

@@ -294,9 +294,9 @@ def _crops(photograph: bytes, generator: np.random.Generator, wanted: int) -> li
     """Up to `wanted` encoded crops; fewer if most of the photograph is smooth."""
     image = Image.open(io.BytesIO(photograph)).convert("RGB")
     whole = min(image.width / CROP_PIXELS[0], image.height / CROP_PIXELS[1])
-    found: list[bytes] = []
+    crops: list[bytes] = []
     for _ in range(ATTEMPTS_PER_CROP * wanted):
-        if len(found) == wanted:
+        if len(crops) == wanted:
             break
         share, x, y, mirrored = generator.random(4)
         scale = whole * (SMALLEST_SHARE + (1 - SMALLEST_SHARE) * share)
@@ -307,8 +307,8 @@ def _crops(photograph: bytes, generator: np.random.Generator, wanted: int) -> li
         if mirrored < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if len(_jpeg(crop, FILTER_QUALITY)) >= FILTER_BYTES:
-            found.append(_jpeg(crop, QUALITY))
-    return found
+            crops.append(_jpeg(crop, QUALITY))
+    return crops
 
 
 def _jpeg(image: Image.Image, quality: int) -> bytes:
@@ -343,8 +343,8 @@ def _fetch_deb(package: str, expected: str, cache: Path) -> Path | str:
     """A .deb in the cache, fetched if need be (no root, nothing is installed); else why not."""
     for path in sorted(cache.glob(f"{package}_*.deb")):
         note = path.with_name(f"{path.name}.sha256")
-        known = note.read_text().strip() if note.exists() else expected
-        if _has_hash(path, known):
+        digest = note.read_text().strip() if note.exists() else expected
+        if _has_hash(path, digest):
             return path
     print(f"fetching {package} with apt-get", flush=True)
     with tempfile.TemporaryDirectory(dir=cache) as place:
@@ -371,7 +371,7 @@ def _fetch_deb(package: str, expected: str, cache: Path) -> Path | str:
 
 def _photographs_in(deb: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
     """Name -> bytes of the photographs in a .deb, read without unpacking it to disk."""
-    found: dict[str, bytes] = {}
+    photographs: dict[str, bytes] = {}
     command = ["dpkg-deb", "--fsys-tarfile", deb]
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE) as process,
@@ -384,8 +384,8 @@ def _photographs_in(deb: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
                 continue
             name = path.parts[-4] if "contents" in path.parts else path.stem
             if not name.startswith(NOT_PHOTOGRAPHS):
-                found[name] = file.read()
-    return {name: data for name, data in found.items() if _is_image(data)}
+                photographs[name] = file.read()
+    return {name: data for name, data in photographs.items() if _is_image(data)}
 
 
 def _is_image(data: bytes) -> bool:

@@ -121,5 +121,5 @@ def _varied(x: Tensor, share: Tensor, generator: torch.Generator) -> tuple[Tenso
 def predict(network: SaliencyNetwork, pictures: Tensor) -> Tensor:
     """uint8 [B, 3, S, S] -> float32 [B, S, S] in 0..1, on the CPU; the network is in eval mode."""
     device = next(network.parameters()).device
-    made = network(pictures.to(device).contiguous(memory_format=torch.channels_last))
-    return torch.sigmoid(made).squeeze(1).float().cpu()
+    logits = network(pictures.to(device).contiguous(memory_format=torch.channels_last))
+    return torch.sigmoid(logits).squeeze(1).float().cpu()

@@ -127,12 +127,12 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     for row in latest(rows):
         if row["status"] == "done" and not is_pixels(row):
             groups.setdefault((row["name"], row["samples"]), []).append(row)
-    found = []
+    by_method = []
     for (name, _), group in groups.items():
         newest = max(group, key=lambda row: row["date"])
         same = [row for row in group if row["setting"] == newest["setting"]]
         memory = [row["peak_memory_bytes"] for row in same if row["peak_memory_bytes"]]
-        found.append(
+        by_method.append(
             Verdict(
                 name,
                 newest["judged_by"],
@@ -143,7 +143,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
                 max(memory) if memory else None,
             )
         )
-    return found
+    return by_method
 
 
 HEAD = ("method", "judged by", "seeds", "untrained", "trained", "gain", "pooled deviation",
@@ -157,22 +157,22 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
         if is_pixels(row) and row["status"] == "done":
             metrics = [f"{row['trained'][protocol]:.1f}" for protocol in PROTOCOLS]
             cells.append([row["name"], *[""] * 7, *metrics, "", ""])
-    for one in sorted(verdicts(rows), key=lambda one: one.name):
-        memory = one.peak_memory_bytes
-        judged = "linear" if one.judged_by == "linear" else "kNN"
-        verdict = {True: "learns", False: "does not learn", None: "one seed cannot tell"}
+    for verdict in sorted(verdicts(rows), key=lambda verdict: verdict.name):
+        memory = verdict.peak_memory_bytes
+        judged = "linear" if verdict.judged_by == "linear" else "kNN"
+        words = {True: "learns", False: "does not learn", None: "one seed cannot tell"}
         cells.append(
             [
-                one.name,
+                verdict.name,
                 judged,
-                str(len(one.seeds)),
-                str(one.untrained[one.judged_by]),
-                str(one.trained[one.judged_by]),
-                f"{one.gain:+.1f}",
-                "" if one.pooled is None else f"{one.pooled:.2f}",
-                verdict[one.learns],
-                *(f"{one.trained[protocol].mean:.1f}" for protocol in PROTOCOLS),
-                f"{one.images_per_second:,.0f}",
+                str(len(verdict.seeds)),
+                str(verdict.untrained[verdict.judged_by]),
+                str(verdict.trained[verdict.judged_by]),
+                f"{verdict.gain:+.1f}",
+                "" if verdict.pooled is None else f"{verdict.pooled:.2f}",
+                words[verdict.learns],
+                *(f"{verdict.trained[protocol].mean:.1f}" for protocol in PROTOCOLS),
+                f"{verdict.images_per_second:,.0f}",
                 "" if memory is None else f"{memory / 1e6:,.0f}",
             ]
         )

@@ -193,7 +193,7 @@ def deit(task: Task) -> tuple[Transform, list[str]]:
     _keep_a_bit()
     if task.output == "uint8":
         notes.append("uint8 is before erasing and mixing")
-    made = create_transform(
+    transform = create_transform(
         224,
         is_training=True,
         color_jitter=0.3,
@@ -206,9 +206,9 @@ def deit(task: Task) -> tuple[Transform, list[str]]:
         std=STD,
         normalize=task.output == "float32",
     )
-    if not isinstance(made, transforms.Compose):
-        raise TypeError(f"timm made {made!r}, not a chain of transforms")
-    return made, notes
+    if not isinstance(transform, transforms.Compose):
+        raise TypeError(f"timm made {transform!r}, not a chain of transforms")
+    return transform, notes
 
 
 def _keep_a_bit() -> None:

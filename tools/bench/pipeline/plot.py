@@ -17,15 +17,15 @@ PANEL_INCHES = (5.6, 4.2)
 
 def draw(groups: Sequence[Sequence[Result]], context: dict[str, Any]) -> Figure:
     """A panel for each recipe, at the largest number of threads that was measured for it."""
-    shown = {group[0].task.recipe: group for group in groups}  # the last has the most threads
-    columns = min(2, len(shown))
-    rows = -(-len(shown) // columns)
+    group_of = {group[0].task.recipe: group for group in groups}  # the last has the most threads
+    columns = min(2, len(group_of))
+    rows = -(-len(group_of) // columns)
     width, height = PANEL_INCHES
     figure = Figure(figsize=(width * columns, height * rows + 0.9), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
-    for panel, group in zip(panels.flat, shown.values(), strict=False):
+    for panel, group in zip(panels.flat, group_of.values(), strict=False):
         _panel(panel, group)
-    for panel in list(panels.flat)[len(shown) :]:
+    for panel in list(panels.flat)[len(group_of) :]:
         panel.set_axis_off()
     machine, data = context["machine"], context["data"]
     figure.suptitle(
@@ -35,10 +35,10 @@ def draw(groups: Sequence[Sequence[Result]], context: dict[str, Any]) -> Figure:
         fontsize=11,
     )
     tasks = [row.task for group in groups for row in group if row.task.engine not in UNASKED]
-    own = [task.engine in OWN_ENGINES for task in tasks]
+    is_own = [task.engine in OWN_ENGINES for task in tasks]
     entries = {
-        "headrace": (OWN, any(own)),
-        "peers": (PEER, not all(own)),
+        "headrace": (OWN, any(is_own)),
+        "peers": (PEER, not all(is_own)),
         "the same to uint8": (PALE, any(task.output == "uint8" for task in tasks)),
         "decoding alone": (CEILING, True),
     }
@@ -65,8 +65,8 @@ def _panel(panel: Axes, group: Sequence[Result]) -> None:
         if result is None:
             if small is None:
                 refused = any(row.cannot for row in group if row.task.engine == engine)
-                said = "cannot\nexpress it" if refused else "failed"
-                panel.text(place, 0, said, ha="center", va="bottom", color=PEER, fontsize=8)
+                reason = "cannot\nexpress it" if refused else "failed"
+                panel.text(place, 0, reason, ha="center", va="bottom", color=PEER, fontsize=8)
             continue
         spread = [
             [max(0.0, result.rate - min(result.rates))],
@@ -98,9 +98,9 @@ def _panel(panel: Axes, group: Sequence[Result]) -> None:
             fontsize=8,
         )
     sides = VIEW_SIDES[task.recipe]
-    made = " + ".join(f"{sides.count(side)} x {side}" for side in dict.fromkeys(sides))
+    views = " + ".join(f"{sides.count(side)} x {side}" for side in dict.fromkeys(sides))
     plural = "s" if task.threads > 1 else ""
-    title = f"{task.recipe}: {made}, {task.threads} thread{plural}"
+    title = f"{task.recipe}: {views}, {task.threads} thread{plural}"
     panel.set_title(title, loc="left", fontsize=10)
     panel.set_xticks(range(len(engines)), list(engines), rotation=20, fontsize=9)
     panel.set_xlim(-0.6, len(engines) - 0.4)

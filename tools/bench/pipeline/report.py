@@ -49,9 +49,9 @@ def table(group: Sequence[Result]) -> str:
     """The rows of one recipe and one number of threads."""
     first = group[0].task
     sides = VIEW_SIDES[first.recipe]
-    made = " + ".join(f"{sides.count(side)}x{side}" for side in dict.fromkeys(sides))
+    views = " + ".join(f"{sides.count(side)}x{side}" for side in dict.fromkeys(sides))
     plural = "s" if first.threads > 1 else ""
-    head = f"{first.recipe}: {made}, {first.threads} thread{plural}, batches of {first.batch_size}"
+    head = f"{first.recipe}: {views}, {first.threads} thread{plural}, batches of {first.batch_size}"
     floats = any(r.task.output == "float32" and r.task.engine != DECODE for r in group)
     output: Output = "float32" if floats else "uint8"
     head += f", {output}"
@@ -178,14 +178,14 @@ def _costs(result: Result, who: str) -> Iterator[str]:
 def _against(value: float, aims: tuple[float, float], unit: str) -> str:
     reach, try_for = aims
     if value >= try_for:
-        said = f"holds: {reach:g}, and {try_for:g} was tried for"
+        verdict = f"holds: {reach:g}, and {try_for:g} was tried for"
     elif value >= reach:
-        said = f"holds: {reach:g}" + (f", not yet {try_for:g}" if try_for == try_for else "")
+        verdict = f"holds: {reach:g}" + (f", not yet {try_for:g}" if try_for == try_for else "")
     else:
-        said = f"MISSED: {reach:g}"
-    return f"{value:.2f}{unit} ({said})"
+        verdict = f"MISSED: {reach:g}"
+    return f"{value:.2f}{unit} ({verdict})"
 
 
 def _limit(value: float, limit: float, style: str) -> str:
-    said = "holds: below" if value < limit else "MISSED: below"
-    return f"{value:{style}} ({said} {limit:{style}})"
+    verdict = "holds: below" if value < limit else "MISSED: below"
+    return f"{value:{style}} ({verdict} {limit:{style}})"

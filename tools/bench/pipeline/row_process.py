@@ -121,8 +121,8 @@ class RowProcess:
         return answer
 
     def _ended(self) -> RowError:
-        said = self._log.read_text(errors="replace").strip().splitlines()
-        last = f": {said[-1]}" if said else ""
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        last = f": {lines[-1]}" if lines else ""
         return RowError(f"{self.task.called}: its process ended{last}")
 
 

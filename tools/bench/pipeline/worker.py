@@ -150,14 +150,14 @@ def _check(views: Views, task: Task) -> None:
 
     dtypes: dict[Output, torch.dtype] = {"float32": torch.float32, "uint8": torch.uint8}
     expected = [(task.batch_size, 3, side, side) for side in VIEW_SIDES[task.recipe]]
-    found = [view for view in views if isinstance(view, torch.Tensor)]
-    shapes = [tuple(view.shape) for view in found]
+    tensors = [view for view in views if isinstance(view, torch.Tensor)]
+    shapes = [tuple(view.shape) for view in tensors]
     if shapes != expected:
         raise WrongBatch(f"views of {shapes}, but the recipe has {expected}")
-    kinds = {view.dtype for view in found}
+    kinds = {view.dtype for view in tensors}
     if kinds != {dtypes[task.output]}:
         raise WrongBatch(f"views of {kinds}, but the row is about {task.output}")
-    for view in found:
+    for view in tensors:
         values = view.float()
         if not bool(values.isfinite().all()) or float(values.std()) == 0:
             raise WrongBatch("a view is constant or not finite")
