@@ -189,10 +189,10 @@ def test_boxes_are_outlined_and_the_partner_is_named(show_batch: Any) -> None:
     batch = a_batch(views, erased=(Erased(boxes, keys=torch.zeros(2, dtype=torch.int64)),))
     batch = Batch(**{**vars(batch), "mixed": mixed})
     finished = device_stage(batch, recipe.mean, recipe.std, device=torch.device("cpu"))
-    shown = show_batch.Shown(None, recipe, "deit", ("reference",), 0, 2, ())
+    request = show_batch.Request(None, recipe, "deit", ("reference",), 0, 2, ())
     pixels = view_pictures.levels(finished.views[0], recipe)
     first, second = (
-        np.asarray(next(show_batch._view_pictures(finished, row, 0, pixels[row], shown)))
+        np.asarray(next(show_batch._view_pictures(finished, row, 0, pixels[row], request)))
         for row in (0, 1)
     )
     pasted, erased = show_batch.PASTED_OUTLINE, show_batch.ERASED_OUTLINE
@@ -258,6 +258,7 @@ def test_what_is_wrong_is_said(
         ["--recipe", "dino", "--engine", "fused", "--diff", "fused,dali"],
         ["--recipe", "dino", "--diff", "fused"],
         ["--recipe", "dino", "--approximate", "anything"],
+        ["--recipe", "dino", "--out", "sheet.jpg"],
         [],
     ],
 )
@@ -265,6 +266,6 @@ def test_contradictions_are_refused(
     show_batch: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        show_batch.main([*arguments, "--out", str(tmp_path / "sheet.png")])
+        show_batch.main(["--out", str(tmp_path / "sheet.png"), *arguments])
     assert ended.value.code == 2
     assert "error: " in capsys.readouterr().err

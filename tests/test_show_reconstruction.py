@@ -82,7 +82,7 @@ def test_the_checkpoints_weights_paint(tool: Any, run: Path) -> None:
 
 def test_columns_hide_and_put_back_pixel_by_pixel(tool: Any, run: Path) -> None:
     record = read_record(run)
-    options = tool._parse([str(run), "--out", "x", "--samples", "3"])
+    options = tool._parse([str(run), "--out", "x.png", "--samples", "3"])
     batch = tool.first_batch(record, tool.open_train(record.train), options)
     removed = tool.hidden(record, batch)
     cell = record.augmentation.flat_views[0].mask.patch_pixels  # pyright: ignore[reportOptionalMemberAccess]

@@ -23,7 +23,6 @@ from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import usable_cores
 from headrace.shards.index import ShardError
 from headrace.shards.store import dataset_splits, open_store
-from headrace.shards.cores import usable_cores
 from headrace.tools.arguments import decimal, png, positive, several, some_of
 from headrace.tools.bench.pipeline.data import DataError, describe, make_forms, whole_batches
 from headrace.tools.bench.pipeline.measure import Rounds, measure

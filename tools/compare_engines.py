@@ -35,7 +35,6 @@ from headrace.pipelines.engines.device_stage import device_stage
 from headrace.pipelines.engines.reference import decode
 from headrace.pipelines.ops import RecipeError, resized_shape
 from headrace.pipelines.recipe import Augmentation
-from headrace.shards.cores import usable_cores
 from headrace.shards.index import ShardError
 from headrace.shards.store import Store
 from headrace.tools.arguments import some_of, whole

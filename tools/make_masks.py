@@ -37,7 +37,6 @@ from headrace.shards.manifest import Manifest
 from headrace.shards.parts import Note
 from headrace.shards.progress import progress_bar
 from headrace.shards.store import Store, open_store
-from headrace.shards.cores import usable_cores
 from headrace.tools.arguments import decimal, png, positive, whole
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
 from headrace.tools.masks.measures import MEASURES, consensus, measured

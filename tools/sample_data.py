@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from headrace.shards.atomic import atomic_file
 from headrace.shards.index import hash_file
+from headrace.shards.progress import progress_bar
 
 DESCRIPTION = """\
 Fetch sample images.
@@ -268,7 +268,7 @@ def make_photos(
     crops_of = dict.fromkeys(generators, 0)
     active = list(generators)
     written = 0
-    with tqdm(total=count, desc="photos", unit="image", disable=not progress) as bar:
+    with progress_bar("photos", count, shown=progress) as bar:
         while written < count:
             if not active:
                 raise SampleDataError(f"the photographs gave {written} detailed crops of {count}")

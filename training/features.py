@@ -4,26 +4,24 @@ kNN, a linear probe and methods that cluster (`Method.before_epoch`) all take th
 sample is seen exactly once for any number of ranks; each rank keeps its own share on its device.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.loader import open_loader
 from headrace.pipelines.recipe import Augmentation
+from headrace.shards.progress import progress_bar
 from headrace.shards.store import Store
 from headrace.training.world import World
 
 Precision = Literal["fp32", "bf16"]
-_SECONDS_BETWEEN_LINES = 30.0
 
 
 class Features(NamedTuple):
@@ -129,7 +127,8 @@ def extract(
         approximate=approximate,
     )
     parts: list[Features] = []
-    with progress_bar(progress if world.is_main else None, len(store)) as bar:
+    shown = progress is not None and world.is_main
+    with progress_bar(progress, len(store), shown=shown) as bar:
         for part in way.batches(encoder):
             parts.append(part)
             bar.update(min(world.size * len(part.ids), len(store) - bar.n))
@@ -141,19 +140,6 @@ def extract(
     width = _apply(encoder, blank, 1, precision).shape[1]
     none = torch.zeros(0, dtype=torch.int64, device=world.device)
     return Features(none, torch.zeros(0, width, device=world.device), none.clone())
-
-
-def progress_bar(called: str | None, total: int, unit: str = "images") -> "tqdm[Any]":
-    """A bar, or a line now and then where nobody watches; nothing for None."""
-    seconds = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
-    return tqdm(
-        total=total,
-        desc=called,
-        unit=f" {unit}",
-        disable=called is None,
-        mininterval=seconds,
-        maxinterval=max(10.0, seconds),
-    )
 
 
 def _apply(

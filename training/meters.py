@@ -20,13 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from headrace.pipelines.batch import Batch
+from headrace.shards.progress import on_terminal, progress_bar
 from headrace.training.collectives import mean_over_ranks
 from headrace.training.world import World
 
 _SIGNIFICANT_DIGITS = 9
 """Of logged means: a float32's. Sums are float64, so that a resume in the middle of an interval
 gives the same digits."""
-_COLUMNS = 120
 
 
 class Meters:
@@ -147,16 +147,8 @@ class Journal:
 
         self._lines = (directory / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(directory / "tensorboard", purge_step=start + 1)
-        if sys.stderr.isatty():
-            # Some terminals say that they have no columns at all.
-            known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-            self._bar = tqdm(
-                total=total_steps,
-                initial=start,
-                unit=" steps",
-                dynamic_ncols=known,
-                ncols=None if known else _COLUMNS,
-            )
+        if on_terminal(sys.stderr):
+            self._bar = progress_bar(None, total_steps, done=start, unit="steps")
 
     def __enter__(self) -> "Journal":
         return self

@@ -4,11 +4,8 @@ Every function here means the same for one process, where it costs nothing. Only
 what it finds out (a lock, a checkpoint) reaches the others through `collectives.from_main`.
 """
 
-import ctypes
 import hashlib
 import os
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +15,7 @@ import torch
 import torch.distributed as dist
 
 from headrace.shards.errors import UserError
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from headrace.shards.lifetime import end_with_parent
 
 
 class WorldError(UserError):
@@ -98,5 +94,4 @@ def _end_with_launcher() -> None:
     atomic, so being killed costs the steps since the last one and nothing else. (A torchrun that
     ends before this line leaves a worker that cannot join its rendezvous, which ends it too.)
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()

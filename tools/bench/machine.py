@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from headrace.shards.workers import usable_cores
+from headrace.shards.cores import usable_cores
 
 
 def processor() -> str:

@@ -21,13 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from headrace.shards.errors import UserError
+from headrace.shards.progress import progress_bar
 from headrace.training.collectives import (
     broadcast_,
     gather_objects,
     gather_to,
     largest_over_ranks_,
 )
-from headrace.training.features import Features, progress_bar
+from headrace.training.features import Features
 from headrace.training.protocols.accuracy import Accuracy, problem_of, totals
 from headrace.training.world import World
 
@@ -171,7 +172,7 @@ def knn_accuracy(
     bank = Features(train.ids[by_id], normalise(train.features[by_id]), train.labels[by_id])
     queries = normalise(test.features)
     correct = torch.zeros(len(fitting), 2, dtype=torch.int64, device=queries.device)
-    with progress_bar("kNN" if progress and world.is_main else None, test_samples) as bar:
+    with progress_bar("kNN", test_samples, shown=progress and world.is_main) as bar:
         for rows, found in _neighbours_of_own(bank, queries, max(fitting), world, chunk_rows, bar):
             labels = test.labels[rows]
             for row, k in enumerate(fitting):

@@ -32,8 +32,9 @@ from torch.nn import functional as F
 from headrace.pipelines.counters import Kind
 from headrace.pipelines.permutation import permute
 from headrace.shards.errors import UserError
+from headrace.shards.progress import progress_bar
 from headrace.training.collectives import largest_over_ranks_, sum_over_ranks_
-from headrace.training.features import Features, progress_bar
+from headrace.training.features import Features
 from headrace.training.protocols.accuracy import Accuracy, problem_of, totals
 from headrace.training.schedules import cosine
 from headrace.training.world import World
@@ -220,8 +221,8 @@ def _fit(
     steps = -(-samples // sweep.batch_size)
     step, total = 0, steps * sweep.epochs
     own = np.flatnonzero(task.places >= leave)
-    shown = called if task.progress and world.is_main else None
-    with progress_bar(shown, sweep.epochs, "epochs") as bar:
+    shown = task.progress and world.is_main
+    with progress_bar(called, sweep.epochs, unit="epochs", shown=shown) as bar:
         for epoch in range(sweep.epochs):
             places = permute(
                 task.places[own] - leave, samples, seed=task.seed, kind=Kind.FULL, epoch=epoch
