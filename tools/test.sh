@@ -2,30 +2,51 @@
 # Sets everything up, then runs the checks and the tests.
 #
 #   bash tools/test.sh              everything
-#   bash tools/test.sh --fast       checks and the fast tests only (under a minute)
+#   bash tools/test.sh --fast       checks and the fast tests only
 #   bash tools/test.sh -k order     what follows goes to pytest
+#
+# Test files run side by side, one process per core (four at most), each with one thread; tests that
+# start ranks or measure time run alone afterwards.
 set -euo pipefail
+case "${1:-}" in
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$ROOT"
 export PATH="$ROOT/.venv/bin:$PATH"
 
-pytest_options=()
+fast=
 if [ "${1:-}" = "--fast" ]; then
+    fast=yes
     shift
-    pytest_options+=(-m "not slow and not dist")
 fi
 
-started=$SECONDS
 step() {
     printf '\n== %s\n' "$*"
     "$@"
 }
+# tests MARKS ARGUMENT...: pytest, where to have nothing to run is no failure
+tests() {
+    local code=0
+    step python -m pytest -m "$@" || code=$?
+    [ "$code" -eq 5 ] || return "$code"
+}
+
+started=$SECONDS
 step ruff format --check .
 step ruff check .
 step lint-imports
 step pyright
-printf '\nchecks: %s s\n' "$((SECONDS - started))"
+checks_seconds=$((SECONDS - started))
 
 started=$SECONDS
-step python -m pytest "${pytest_options[@]}" "$@"
-printf '\ninstallation: %s s, tests: %s s\n' "$INSTALL_SECONDS" "$((SECONDS - started))"
+cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
+side_by_side=(--numprocesses "$((cores < 4 ? cores : 4))" --dist loadfile)
+if [ -n "$fast" ]; then
+    OMP_NUM_THREADS=1 tests "not slow and not dist and not bench" "${side_by_side[@]}" "$@"
+else
+    OMP_NUM_THREADS=1 tests "not dist and not bench" "${side_by_side[@]}" "$@"
+    tests "dist or bench" "$@"
+fi
+printf '\ninstallation: %s s, checks: %s s, tests: %s s\n' \
+    "$INSTALL_SECONDS" "$checks_seconds" "$((SECONDS - started))"
