@@ -178,7 +178,6 @@ def test_micro_batches_with_a_gradient_cache_are_the_whole_batch(name: str, enco
     """Exactly for networks without batch norm, and whatever looks across the batch."""
     with in_float64():
         method, batch = build(name, encoder), batch_of(name)
-        batch = replace(batch, views=tuple(view.double() for view in batch.views))
         compare_micro_batches_with_the_whole(method, batch)
 
 

@@ -196,7 +196,7 @@ def uneven(batch: Batch) -> Batch:
     """Contiguous pictures, and most of the first rank's labels missing."""
     labels = batch.labels.clone()
     labels[:5] = -1
-    return replace(batch, views=tuple(v.contiguous().double() for v in batch.views), labels=labels)
+    return replace(batch, views=tuple(v.contiguous() for v in batch.views), labels=labels)
 
 
 def relative_error(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -265,7 +265,7 @@ def test_a_gradient_cache_sees_all_ranks_and_micro_batches(name: str, on_two_ran
             if isinstance(child, nn.BatchNorm1d):
                 setattr(module, key, nn.Identity())
     recipe = small_preset(name)
-    batch = make_batch(recipe.augmentation, 16)
+    batch = uneven(make_batch(recipe.augmentation, 16))
     one = cached_gradients(method, recipe, batch, 1, World())
     for seen in on_two_ranks(cached_gradients, method, recipe, batch, 2):
         assert relative_error(seen, one) < TOLERANCE
@@ -320,6 +320,7 @@ def test_batch_norm_spans_ranks(norm: nn.Module, first_rows: int, on_two_ranks: 
     shape = (8, 5) if isinstance(norm, nn.BatchNorm1d) else (8, 5, 4, 4)
     x = 1 + torch.randn(shape, generator=generator)
     cotangent = torch.randn(shape, generator=generator)
+    norm = copy.deepcopy(norm).double()
     one = normalized(norm, x, cotangent, first_rows, World())
     two = on_two_ranks(normalized, norm, x, cotangent, first_rows)
     for key, expected in one.items():

@@ -189,7 +189,7 @@ def pictures(ids: Tensor, pixels: int, noise: float, generator: torch.Generator)
 
 
 def finished(augmentation: Augmentation, ids: Tensor, epoch: int = 0, seed: int = 0) -> Batch:
-    """These samples as a loader delivers them."""
+    """These samples as a loader delivers them, in torch's default dtype."""
     generator = torch.Generator().manual_seed(seed)
     plan = draw(
         augmentation,
@@ -202,7 +202,16 @@ def finished(augmentation: Augmentation, ids: Tensor, epoch: int = 0, seed: int 
     )
     views = tuple(pictures(ids, view.size, 0.05, generator) for view in augmentation.flat_views)
     batch = Work(plan, [], (ids % CLASSES).numpy()).batch(views)
-    return device_stage(batch, augmentation.mean, augmentation.std, device=torch.device("cpu"))
+    staged = device_stage(batch, augmentation.mean, augmentation.std, device=torch.device("cpu"))
+    return in_default_dtype(staged)
+
+
+def in_default_dtype(batch: Batch) -> Batch:
+    """A loader's float32 in the dtype of the networks, which is float64 where a test wants that."""
+    dtype, mixed = torch.get_default_dtype(), batch.mixed
+    if mixed is not None:
+        mixed = replace(mixed, weights=mixed.weights.to(dtype))
+    return replace(batch, views=tuple(view.to(dtype) for view in batch.views), mixed=mixed)
 
 
 def make_batch(augmentation: Augmentation, samples: int = BATCH, seed: int = 0) -> Batch:
