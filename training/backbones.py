@@ -2,9 +2,10 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import safetensors.torch
 import timm
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from headrace.shards.atomic import atomic_file
+from headrace.training import encoders  # noqa: F401  (registers them with timm)
 from headrace.training.preset import ConfigError
 
 ENCODER_FILE = "encoder.safetensors"
@@ -68,11 +70,22 @@ def check_name(name: str) -> None:
     )
 
 
+@runtime_checkable
+class FitsImages(Protocol):
+    """What an encoder may have beyond timm: weights that are made from images before training."""
+
+    def fit_images(self, images: Tensor) -> None:
+        """images: float32 [n, 3, H, W], of the training set in the test view. Draws nothing."""
+        ...
+
+
 class EncoderFactory:
     """Makes the run's backbone anew at each call: [B, 3, H, W] -> pooled features [B, D].
 
     Options of a call go over those of the run. With `initial`, every encoder starts from those
     weights (a state dict), else from timm's initialisation out of torch's global generator.
+    images: gives the images that a `FitsImages` encoder is fitted to; asked at most once, and not
+    where no encoder wants them. None where other weights will replace these.
     """
 
     def __init__(
@@ -82,14 +95,18 @@ class EncoderFactory:
         *,
         initial: Mapping[str, Tensor] | None = None,
         compiled: bool = False,
+        images: Callable[[], Tensor] | None = None,
     ) -> None:
         self.name = name
         self.options = dict(options)
         self._initial = initial
         self._compiled = compiled
+        self._images = None if images is None else cache(images)
 
     def __call__(self, **timm_options: object) -> nn.Module:
         encoder = _create(self.name, {**self.options, **timm_options})
+        if self._images is not None and isinstance(encoder, FitsImages):
+            encoder.fit_images(self._images())
         if self._initial is not None:
             _load(encoder, self._initial, self.name)
         if self._compiled:

@@ -3,18 +3,24 @@
 from collections import Counter
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from headrace.pipelines.loader import Loader, open_loader
+from headrace.pipelines.recipe import Augmentation
 from headrace.shards.cores import threads_per_rank, usable_cores
 from headrace.shards.store import SPLITS, Store, dataset_splits, find_dataset, open_store
 from headrace.training.config import Config
 from headrace.training.features import FeaturePass
 from headrace.training.preset import ConfigError
 from headrace.training.world import World
+
+_SAMPLE_BATCHES, _SAMPLE_BATCH = 16, 128
 
 
 def open_training_loader(
@@ -71,6 +77,34 @@ def feature_pass(
         holdout=config.data.holdout,
         subset=subset,
     )
+
+
+def sample_images(
+    store: Store,
+    view: Augmentation,
+    seed: int,
+    *,
+    subset: NDArray[np.int64] | None = None,
+    holdout: float = 0.0,
+) -> Tensor:
+    """float32 [n <= 2048, 3, H, W] on the CPU: training images by the seed, in the test view.
+
+    The first ones of the order of the run's first epoch, through the reference engine: equal on
+    every rank, and whichever engine trains or judges.
+    """
+    plain = replace(view, mix=None, group=1)
+    with open_loader(
+        store,
+        plain,
+        batch_size=_SAMPLE_BATCH,
+        seed=seed,
+        engine="reference",
+        holdout=holdout,
+        subset=subset,
+        drop_last=False,
+        passes=1,
+    ) as loader:
+        return torch.cat([batch.views[0] for batch in islice(loader, _SAMPLE_BATCHES)])
 
 
 def held_out_passes(config: Config, way: FeaturePass) -> dict[str, FeaturePass]:

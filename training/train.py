@@ -8,6 +8,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +31,7 @@ from headrace.training.inputs import (
     open_train,
     open_training_loader,
     read_subset,
+    sample_images,
     with_paths,
 )
 from headrace.training.meters import Journal, Meters
@@ -79,6 +81,9 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
         run.seed,
         resumed=before is not None,
         compiled=run.compile,
+        images=partial(
+            sample_images, store, config.test, run.seed, subset=subset, holdout=data.holdout
+        ),
     )
     method.to(world.device)
     if run.batch_norm == "global":

@@ -35,6 +35,7 @@ def simclr(
     pixels: int = 224,
     *,
     strength: float = 1.0,
+    crop_min: float = 0.08,
     blur: bool = True,
     blur_group: int = 1,
     additive_brightness: bool = False,
@@ -42,16 +43,17 @@ def simclr(
     """SimCLR's two views, drawn alike and not normalised.
 
     Chen et al. 2020, appendix A; simclr `data_util.py`, `preprocess_for_train` and
-    `batch_random_blur`. `strength` scales the colour jitter. The paper's CIFAR-10 recipe (appendix
-    B.9) is `simclr(32, strength=0.5, blur=False)`. `additive_brightness` is the code's "simclrv1".
-    A `blur_group` above 1 is the number of samples that share a sigma.
+    `batch_random_blur`. `strength` scales the colour jitter, `crop_min` is the least area of a
+    crop. The paper's CIFAR-10 recipe (appendix B.9) is `simclr(32, strength=0.5, blur=False)`.
+    `additive_brightness` is the code's "simclrv1". A `blur_group` above 1 is the number of samples
+    that share a sigma.
     """
     shared = blur_group > 1
     blur_op = GaussianBlur(
         0.5, (0.1, 2.0), _blur_kernel(pixels), scope="group" if shared else "sample"
     )
     ops: tuple[ViewOp, ...] = (
-        RandomResizedCrop(pixels, (0.08, 1.0), interpolation="bicubic"),
+        RandomResizedCrop(pixels, (crop_min, 1.0), interpolation="bicubic"),
         Flip(0.5),
         ColorJitter(
             0.8 * strength,

@@ -18,7 +18,7 @@ earlier batches is left out, as in the code.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from typing_extensions import override
 
 from headrace.pipelines import recipes
 from headrace.pipelines.batch import Batch
+from headrace.pipelines.recipe import IMAGENET_MEAN, IMAGENET_STD
 from headrace.training.blocks.heads import Mlp, feature_dim
 from headrace.training.collectives import gather_with_gradient, rank
 from headrace.training.method import Facts, MakeEncoder, Method, Progress
@@ -146,5 +147,21 @@ PRESETS = {
         objective=Objective(temperature=0.5),
         notes="The paper's augmentation and temperature for CIFAR-10 (appendix B.9), with v2's "
         "brightness; the network and the length are sized for two CPU cores.",
+    ),
+    "demo": Preset(
+        backbone="small_convnet",
+        backbone_options={"whiten": True},
+        augmentation=replace(
+            recipes.simclr(24, strength=0.5, crop_min=0.2, blur=False),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        ),
+        test=recipes.center(32, 32),
+        optim=Optim(learning_rate=4e-3, warmup_epochs=1, weight_decay=1e-4),
+        batch_size=128,
+        epochs=6,
+        objective=Objective(temperature=0.2),
+        notes="What convinces in minutes on two CPU cores (tools/quickstart.sh): a small network "
+        "behind a whitening layer, views of 24 pixels, judged on whole pictures of 32.",
     ),
 }

@@ -14,7 +14,7 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.declaration import augmentation_from
@@ -23,6 +23,7 @@ from headrace.pipelines.recipe import Augmentation
 from headrace.shards.store import Store
 from headrace.training.backbones import ENCODER_FILE, read_initial
 from headrace.training.build import build_method
+from headrace.training.inputs import read_subset, sample_images
 from headrace.training.method import Facts, Method
 from headrace.training.preset import ConfigError, find_method
 from headrace.training.run.checkpoint import CHECKPOINT_FILE
@@ -36,8 +37,8 @@ class Record:
 
     train, val: as the run was given them. engine: the one that fed it. approximate: what that one
     might do differently. step: of the exported encoder, None if no checkpoint says so. total_steps:
-    of the whole run. classes, train_samples, epoch_steps: of the training set that it had, None
-    where config.json does not tell.
+    of the whole run. classes, train_samples, epoch_steps, train_fingerprint: of the training set
+    that it had, None where config.json does not tell. subset, holdout: what of it was trained on.
     """
 
     directory: Path
@@ -58,6 +59,9 @@ class Record:
     classes: int | None
     train_samples: int | None
     epoch_steps: int | None
+    train_fingerprint: str | None
+    subset: Path | None
+    holdout: float
     augmentation: Augmentation
     test: Augmentation
 
@@ -95,6 +99,9 @@ def read_record(run: Path) -> Record:
             classes=derived.get("classes"),
             train_samples=stream.get("order", {}).get("samples"),
             epoch_steps=derived.get("epoch_steps"),
+            train_fingerprint=stream.get("store"),
+            subset=_path(config["data"].get("subset")),
+            holdout=config["data"].get("holdout", 0.0),
             augmentation=augmentation_from(config["augmentation"]),
             test=augmentation_from(config["test"]),
         )
@@ -142,7 +149,8 @@ def built_method(record: Record, train: Store, *, trained: bool) -> Method:
     Heads and banks take the memory that they take in training, also where the encoder alone is
     wanted: buffers that no checkpoint holds have their values from being built, so nothing can be
     left out safely. train: its numbers stand in for what an older record does not tell of the
-    run's own. trained: a checkpoint's weights will replace these.
+    run's own, and its images for those that an encoder is fitted to. trained: a checkpoint's
+    weights will replace these.
     """
     samples = record.train_samples or len(train)
     if "." in record.method and (here := str(Path.cwd())) not in sys.path:
@@ -169,7 +177,19 @@ def built_method(record: Record, train: Store, *, trained: bool) -> Method:
         facts,
         record.seed,
         resumed=trained,
+        images=lambda: _sample_images(record, train),
     )
+
+
+def _sample_images(record: Record, train: Store) -> Tensor:
+    """Those that the run's encoder was fitted to. Raises ConfigError if `train` is another set."""
+    if record.train_fingerprint not in (None, train.fingerprint):
+        raise ConfigError(
+            f"the first layer of {record.backbone} was made from images of {record.train}, and "
+            f"{train.uri} is another data set: name that one with --data.train"
+        )
+    subset = read_subset(record.subset, train)
+    return sample_images(train, record.test, record.seed, subset=subset, holdout=record.holdout)
 
 
 def _saved_step(checkpoint: Path) -> int | None:

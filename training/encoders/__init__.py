@@ -1,0 +1,9 @@
+"""This project's own backbones, a file each, registered with timm when this package is imported.
+
+import headrace.training.encoders
+timm.create_model("small_convnet", num_classes=0, checkpoint_path="RUN/encoder.safetensors", ...)
+"""
+
+from headrace.training.encoders.small_convnet import small_convnet
+
+__all__ = ["small_convnet"]
