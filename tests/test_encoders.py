@@ -7,14 +7,25 @@ import numpy as np
 import pytest
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from headrace.pipelines.order import Order
 from headrace.pipelines.recipes import center
 from headrace.shards.store import open_store
-from headrace.training.backbones import EncoderFactory, FitsImages, export, resolve_options
-from headrace.training.encoders.small_convnet import LEAST_VARIANCE, SmallConvNet, Whitening
+from headrace.training.backbones import (
+    EncoderFactory,
+    FitsImages,
+    export,
+    resolve_options,
+    with_classifier,
+)
+from headrace.training.encoders.small_convnet import (
+    LEAST_VARIANCE,
+    SmallConvNet,
+    Whitening,
+    small_convnet,
+)
 from headrace.training.inputs import sample_images
 from headrace.training.preset import find_method
 from headrace.training.run.record import read_record, untrained_encoder
@@ -35,15 +46,16 @@ def pictures(seed: int = 0, count: int = 64, pixels: int = 16) -> Tensor:
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize("pixels", [24, 32])
 def test_shapes(whiten: bool, pixels: int) -> None:
-    network = timm.create_model("small_convnet", num_classes=0, whiten=whiten)
+    network = small_convnet(num_classes=0, whiten=whiten)
     batch = torch.randn(2, 3, pixels, pixels)
     assert network(batch).shape == (2, 192)
     assert network.num_features == 192
     assert network.forward_features(batch).shape == (2, 192, pixels // 8, pixels // 8)
     classifier = timm.create_model("small_convnet", num_classes=7, whiten=whiten)
+    assert isinstance(classifier, SmallConvNet)
     assert classifier(batch).shape == (2, 7)
     assert classifier.get_classifier() is classifier.head
-    assert classifier.pretrained_cfg["classifier"] == "head"
+    assert with_classifier(classifier, nn.Linear(192, 7)).keys() == classifier.state_dict().keys()
     trained = {name for name, _ in network.named_parameters()}
     assert any(name.startswith("stem") for name in trained) != whiten
 
@@ -179,7 +191,7 @@ def test_a_run_begins_with_what_untrained_judges(
     )
     expected = Whitening(3)
     expected.fit(sample_images(store, read_record(run).test, seed=3))
-    assert torch.equal(exported.stem.weight, expected.weight)
+    assert torch.equal(exported.get_buffer("stem.weight"), expected.weight)
     for name, value in exported.named_parameters():
         assert torch.equal(value, begun.get_parameter(name)), name
     assert torch.equal(begun.get_buffer("stem.weight"), expected.weight)

@@ -28,9 +28,10 @@ from headrace.shards.atomic import atomic_file
 from headrace.shards.index import ShardError
 from headrace.shards.store import Store, dataset_splits
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
-from headrace.training.config import ConfigError
+from headrace.tools.view_pictures import class_name
 from headrace.training.features import FeaturePass, Features
 from headrace.training.inputs import open_train, open_val
+from headrace.training.preset import ConfigError
 from headrace.training.protocols.knn import Neighbours, nearest, normalise
 from headrace.training.run.record import Record, read_record, trained_encoder, untrained_encoder
 from headrace.training.world import World
@@ -211,11 +212,11 @@ def _sheet(
                 compared.train.read(ids), neighbours.labels[row].tolist(), strict=True
             ):
                 views.append(framed(decode(neighbour), frame_colour(label, theirs)))
-                captions.append(_class_name(theirs, classes))
+                captions.append(class_name(theirs, classes) if theirs >= 0 else "")
         cells.append(
             Cell(
                 decode(encoded),
-                _class_name(label, classes) or "no label",
+                class_name(label, classes),
                 (f"{compared.ids[row]}: {names[row]}",),
                 tuple(views),
                 tuple(captions),
@@ -251,13 +252,6 @@ def framed(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     corner = (PICTURE_PIXELS - width) // 2, (PICTURE_PIXELS - height) // 2
     canvas.paste(picture.resize((width, height), method), corner)
     return canvas
-
-
-def _class_name(label: int, classes: tuple[str, ...]) -> str:
-    """ "" for no label."""
-    if label < 0:
-        return ""
-    return classes[label] if label < len(classes) else f"class {label}"
 
 
 def _summary(compared: Compared, before: Neighbours, after: Neighbours) -> str:

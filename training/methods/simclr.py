@@ -159,7 +159,7 @@ PRESETS = {
         test=recipes.center(32, 32),
         optim=Optim(learning_rate=4e-3, warmup_epochs=1, weight_decay=1e-4),
         batch_size=128,
-        epochs=6,
+        epochs=5.5,
         objective=Objective(temperature=0.2),
         notes="What convinces in minutes on two CPU cores (tools/quickstart.sh): a small network "
         "behind a whitening layer, views of 24 pixels, judged on whole pictures of 32.",
