@@ -218,6 +218,32 @@ def test_methods_are_judged_beside_their_baselines() -> None:
 
 
 @pytest.mark.dali
+def test_the_quickstart_is_a_row_per_run() -> None:
+    """Short runs first; the CPU seconds of an interrupted one are not known."""
+    line = WHERE | {
+        "method": "simclr",
+        "preset": "demo",
+        "backbone": "small_convnet",
+        "seed": 1,
+        "samples": 274560,
+        "knn": {"pixels": 45.48, "untrained": 40.59, "trained": 63.16},
+        "train_cpu_seconds": 500.4,
+        "images_per_second": 520.2,
+    }
+    long, first = (
+        line | {"seed": 0, "samples": 549120, "train_cpu_seconds": None},
+        line | {"seed": 0},
+    )
+    section = tables.quickstart_section([long, line, first])
+    rows = [row for row in section.splitlines() if row.startswith(("| 2", "| 5"))]
+    assert rows == [
+        "| 274,560 | 0 | 45.5 % | 40.6 % | 63.2 % | 500 | 520 |",
+        "| 274,560 | 1 | 45.5 % | 40.6 % | 63.2 % | 500 | 520 |",
+        "| 549,120 | 0 | 45.5 % | 40.6 % | 63.2 % |  | 520 |",
+    ]
+    assert "kNN with k = 20. Measured 2026-11-22 on 2 cores of AMD EPYC" in section
+
+
 def test_all_recipes_are_listed() -> None:
     rows = tables.recipes_section().splitlines()
     assert len(rows) == 2 + len(recipes.NAMED)

@@ -238,6 +238,30 @@ def methods_section(lines: Sequence[Line]) -> str:
     return "\n\n".join([markdown(_filled(table(lines))), f"{note} {_where(last)}"])
 
 
+def quickstart_section(lines: Sequence[Line]) -> str:
+    """kNN of each run of the quickstart beside raw pixels and the untrained network."""
+    head = ["samples", "seed", "raw pixels", "untrained", "trained", "CPU seconds of training"]
+    rows = [[*head, "images/s"]]
+    for line in sorted(lines, key=lambda line: (line["samples"], line["seed"])):
+        judged = [f"{line['knn'][name]:.1f} %" for name in ("pixels", "untrained", "trained")]
+        cost = line["train_cpu_seconds"]
+        rows.append(
+            [
+                f"{line['samples']:,}",
+                str(line["seed"]),
+                *judged,
+                "" if cost is None else f"{cost:,.0f}",
+                f"{line['images_per_second']:,.0f}",
+            ]
+        )
+    last = _last(lines)
+    note = (
+        f"`{last['method']}`, preset `{last['preset']}`, `{last['backbone']}`; top-1 of all 10,000 "
+        f"test images by kNN with k = 20."
+    )
+    return "\n\n".join([markdown(_filled(rows)), f"{note} {_where(last)}"])
+
+
 def recipes_section() -> str:
     """The named recipes: what each is, its views, how many deviations it lists, its GPU graph."""
     from headrace.pipelines.engines.dali.describe import graph_of
@@ -329,6 +353,7 @@ SECTIONS = (
     Section("speed", "speed", speed_section),
     Section("costs", "costs", costs_section),
     Section("methods", "methods", methods_section),
+    Section("quickstart", "quickstart", quickstart_section),
 )
 """Those made of measurements; `recipes` is made of the code."""
 
@@ -337,6 +362,7 @@ TOOLS = {
     "speed": "bench_pipeline.py",
     "costs": "bench_pipeline.py --engine fused",
     "methods": "bench_methods.py",
+    "quickstart": "quickstart.sh",
 }
 """Kinds of files, and what writes them."""
 

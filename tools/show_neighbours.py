@@ -46,10 +46,12 @@ BATCH_SIZE = 256
 class Compared:
     """The images on the sheet: `ids` [n] of `queries`, and the set that holds their neighbours.
 
-    same: whether queries come from that set, where each image would be its own nearest.
+    among: sorted ids of those that may be neighbours, None for all. same: whether queries come from
+    that set, where each image would be its own nearest.
     """
 
     train: Store
+    among: NDArray[np.int64] | None
     queries: Store
     ids: NDArray[np.int64]
     same: bool
@@ -106,6 +108,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=_positive, default=10, help="number of pictures")
     parser.add_argument("--neighbours", type=_positive, default=8, help="of each picture")
+    parser.add_argument(
+        "--among",
+        type=_positive,
+        metavar="N",
+        help="look for neighbours among N training images, by the seed's chance; default: all",
+    )
     parser.add_argument("--seed", type=int, help="of the choice of pictures; default: the run's")
     parser.add_argument("--engine", help="auto, or an engine by name; default: the run's")
     parser.add_argument("--threads", type=_positive, help="of the engine")
@@ -129,9 +137,14 @@ def _what_to_compare(record: Record, options: argparse.Namespace) -> Compared:
     ):
         if count > len(store):
             raise ConfigError(f"{option} asks for {count} images, and {store.uri} has {len(store)}")
+    if options.among is not None and options.among < options.neighbours + (val is None):
+        raise ConfigError(f"--among {options.among} is less than --neighbours {options.neighbours}")
     seed = record.seed if options.seed is None else options.seed
     ids = chosen(queries.labels(np.arange(len(queries))), options.samples, seed)
-    return Compared(train, queries, ids, val is None)
+    among = None
+    if options.among is not None and options.among < len(train):
+        among = np.sort(np.random.default_rng(seed).permutation(len(train))[: options.among])
+    return Compared(train, among, queries, ids, val is None)
 
 
 def _beside(train: Path | None) -> Path | None:
@@ -175,7 +188,7 @@ def neighbours_of(
     queries = _features(
         replace(passes, store=compared.queries, subset=np.sort(compared.ids)), encoder
     )
-    train = _features(passes, encoder)
+    train = _features(replace(passes, subset=compared.among), encoder)
     # A picture of the training set is its own nearest, wherever equal ones stand.
     ids = torch.from_numpy(compared.ids).to(device)
     rows = queries.features[torch.searchsorted(queries.ids, ids)]
@@ -223,9 +236,10 @@ def _sheet(
             )
         )
     count = before.ids.shape[1]
+    searched = len(compared.train if compared.among is None else compared.among)
     after_steps = "after training" if record.step is None else f"after {record.step:,} steps"
     group = Group(
-        f"the {count} nearest of {len(compared.train):,} training images",
+        f"the {count} nearest of {searched:,} training images",
         f"above: untrained, below: {after_steps}",
         2 * count,
         PICTURE_PIXELS,
