@@ -92,6 +92,23 @@ def test_a_training_image_is_not_its_own_neighbour(tool: Any, run: Path, tmp_pat
     assert (found.similarities.diff(dim=1) <= 0).all()
 
 
+def test_neighbours_among_some_by_chance(tool: Any, run: Path) -> None:  # noqa: F811
+    """The same ones for both networks; another seed, others."""
+    record = read_record(run)
+
+    def among(*options: str) -> Any:
+        given = [str(run), "--out", "x", "--samples", "4", "--among", "20", *options]
+        return tool._what_to_compare(record, tool._parse(given)), tool._parse(given)
+
+    compared, options = among()
+    assert len(set(compared.among.tolist())) == 20
+    assert compared.among.tolist() == among()[0].among.tolist()
+    assert compared.among.tolist() != among("--seed", "9")[0].among.tolist()
+    encoder = trained_encoder(record, compared.train)
+    found = tool.neighbours_of(compared, encoder, record, options)
+    assert set(found.ids.flatten().tolist()) <= set(compared.among.tolist())
+
+
 def test_as_many_classes_as_there_are(tool: Any, data: Path) -> None:  # noqa: F811
     labels = open_store(data, "test").labels(np.arange(21))
     ids = tool.chosen(labels, 7, 3)
@@ -121,6 +138,7 @@ def test_refused(tool: Any, run: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ([str(tmp_path), "--out", out], "is no run"),
         ([str(run), "--out", out, "--samples", "22"], "--samples asks for 22 images"),
         ([str(run), "--out", out, "--neighbours", "61"], "--neighbours asks for 61 images"),
+        ([str(run), "--out", out, "--among", "7"], "--among 7 is less than --neighbours 8"),
     ):
         assert tool.main(arguments) == 2
         assert sentence in capsys.readouterr().err
