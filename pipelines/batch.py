@@ -103,9 +103,9 @@ class Batch:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that it holds."""
-        found: list[torch.Tensor] = []
-        self.map(lambda tensor: (found.append(tensor), tensor)[1])
-        return iter(found)
+        held: list[torch.Tensor] = []
+        self.map(lambda tensor: (held.append(tensor), tensor)[1])
+        return iter(held)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; copies from pinned memory do not block."""

@@ -161,10 +161,10 @@ def _columns(
                 "order": _JITTER_ORDERS[below(drawn[:, 5], len(_JITTER_ORDERS))],
             }
         case GaussianBlur():
-            own = source.words(kind, ordinal, blocks=1)
-            shared = own if op.scope == "sample" else source.words(kind, ordinal, 1, op.scope)
+            of_sample = source.words(kind, ordinal, blocks=1)
+            shared = of_sample if op.scope == "sample" else source.words(kind, ordinal, 1, op.scope)
             sigma = between(*op.sigma, uniforms(shared[:, 1]))
-            apply = uniforms(own[:, 0]) < op.probability
+            apply = uniforms(of_sample[:, 0]) < op.probability
             return {"sigma": np.where(apply, sigma, np.float32(0))}
         case RandAugment():
             return _rand_augment(op, source.words(kind, ordinal, blocks=op.num_ops))

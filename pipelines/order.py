@@ -191,10 +191,11 @@ class Order:
 
     def holds(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         """bool [n]: which of these ids this order goes through."""
-        known = self._ascending
-        if known is None:
+        ascending = self._ascending
+        if ascending is None:
             return (ids >= 0) & (ids < self.samples)
-        return known[np.searchsorted(known, ids).clip(max=len(known) - 1)] == ids
+        places = np.searchsorted(ascending, ids).clip(max=len(ascending) - 1)
+        return ascending[places] == ids
 
     def declaration(self) -> dict[str, Any]:
         """JSON-ready: all that determines the sequence, for the fingerprint.
@@ -281,9 +282,9 @@ class Order:
         return table.firsts[shard] + mixed - table.starts[shard]
 
     def _windows(self, epoch: int) -> _Windows:
-        known = self._latest_windows
-        if known and known[0].epoch == epoch:
-            return known[0]
+        latest = self._latest_windows
+        if latest and latest[0].epoch == epoch:
+            return latest[0]
         starts = np.asarray(self.shard_starts, np.int64)
         if self._ascending is not None:
             starts = np.searchsorted(self._ascending, starts)
@@ -297,7 +298,7 @@ class Order:
         places = np.append(0, np.cumsum(np.diff(starts)[shards]))
         windows = np.append(places[: -1 : self.window_shards], places[-1])
         table = _Windows(epoch, starts[shards], places, windows)
-        known[:] = [table]
+        latest[:] = [table]
         return table
 
     @cached_property

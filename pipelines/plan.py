@@ -195,12 +195,12 @@ class Plan:
             raise PlanError(f"{path} is not a saved plan: {error}") from error
 
     def __str__(self) -> str:
-        shown = self.rows(slice(3))
+        first = self.rows(slice(3))
         lines = [
             f"plan of {len(self)} samples: seed {self.seed}, epoch {self.epoch}, "
-            f"position {self.position}; the first {len(shown)}:"
+            f"position {self.position}; the first {len(first)}:"
         ]
-        for name, array in shown.arrays().items():
+        for name, array in first.arrays().items():
             is_mask = name.startswith("view.") and name.endswith(".mask")
             values = _mask_shown if is_mask else _shown
             lines.append(f"  {name:<22} " + "  ".join(values(row) for row in array))

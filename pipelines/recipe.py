@@ -286,15 +286,15 @@ class Augmentation:
         """JSON-ready and stable: what enters the fingerprint (without the deviations' prose)."""
         data = asdict(self)
         del data["deviations"]
-        for view, shown in zip(self.views, data["views"], strict=True):
-            for op, fields in zip(view.ops, shown["ops"], strict=True):
+        for view, declared in zip(self.views, data["views"], strict=True):
+            for op, fields in zip(view.ops, declared["ops"], strict=True):
                 _name(op, fields)
             if view.mask is not None:
-                _name(view.mask, shown["mask"])
+                _name(view.mask, declared["mask"])
             if not view.components:  # so that a declaration from before there were any is the same
-                del shown["components"]
-        for draw, shown in zip(self.draws, data["draws"], strict=True):
-            _name(draw.distribution, shown["distribution"])
+                del declared["components"]
+        for draw, declared in zip(self.draws, data["draws"], strict=True):
+            _name(draw.distribution, declared["distribution"])
         return data
 
 

@@ -1,10 +1,16 @@
-"""What every test stands on: a cache of its own, so that no run leaves traces in the user's."""
+"""What every test stands on: a cache of its own, so that no run leaves traces in the user's, and no
+limit on the time that an example of Hypothesis takes."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A machine that is busy with something else makes no promise false.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True, scope="session")

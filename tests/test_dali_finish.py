@@ -238,7 +238,7 @@ def test_columns_say_which_pictures_box_and_partner() -> None:
     columns = finish_columns(mixed, make_work(mixed, photo_and_smooth_pictures()[:4]).plan)
     assert columns["mix.partner"].tolist() == [3, 2, 1, 0]
     cut = (columns["mix.shape"] > 0).all(axis=1)
-    assert (columns["mix.own"].ravel()[cut] == 1).all()
+    assert (columns["mix.share"].ravel()[cut] == 1).all()
     only_mixup = mixing(Mix(0.8, 0))
     plan = make_work(only_mixup, photo_and_smooth_pictures()[:4]).plan
-    assert set(finish_columns(only_mixup, plan)) == {"mix.partner", "mix.own"}
+    assert set(finish_columns(only_mixup, plan)) == {"mix.partner", "mix.share"}

@@ -178,7 +178,7 @@ BLOCK_MASKS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(mask=BLOCK_MASKS, side=st.integers(2, 20))
 def test_blocks_are_those_of_the_published_algorithm(mask: BlockMask, side: int) -> None:
     """On the same numbers, for views of any size and declarations of any kind; never too many."""
@@ -342,7 +342,7 @@ MULTI_BLOCK_MASKS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(mask=MULTI_BLOCK_MASKS, side=st.integers(1, 16), group=st.sampled_from([1, 2, 4]))
 def test_multi_block_masks_are_those_of_the_published_algorithm(
     mask: MultiBlockMask, side: int, group: int
@@ -365,7 +365,7 @@ def test_multi_block_masks_are_those_of_the_published_algorithm(
         assert np.array_equal(~rows[:, 0], cut_alike(np.array(contexts)))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     side=st.integers(5, 20),
     targets=st.integers(1, 6),

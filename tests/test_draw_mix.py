@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from timm.data import random_erasing as timms_erasing
@@ -286,7 +286,6 @@ def test_partners_are_those_of_a_flipped_group(group: int) -> None:
     assert np.array_equal(np.arange(3 * group) + partner, rows.flip(1).ravel().numpy())
 
 
-@settings(deadline=None)
 @given(
     alphas=st.sampled_from([(0.8, 1.0), (0.0, 1.0), (0.3, 0.0), (1e-3, 1e-3), (50.0, 200.0)]),
     probability=st.sampled_from([0.0, 0.5, 1.0]),

@@ -139,7 +139,7 @@ def test_centre_crops_are_the_references(
     assert difference.mean() <= 2 * RESAMPLED_LEVELS  # contrast amplifies
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 600), st.integers(1, 600))
 def test_geometry_is_the_recipes(height: int, width: int, shorter: int, crop: int) -> None:
     augmentation = one_view(Resize(shorter), CenterCrop(crop))

@@ -167,7 +167,7 @@ def test_random_crops_are_the_references(ops: tuple[Op, ...], shape: tuple[int, 
         assert difference.mean() <= 2 * RESAMPLED_LEVELS  # solarizing amplifies
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(1, 5000),
     st.integers(1, 5000),

@@ -201,7 +201,7 @@ def test_ranks_share_the_same_plans(store: MemoryStore) -> None:
     per_rank=st.integers(1, 5),
     world_size=st.integers(1, 4),
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_evaluation_sees_every_sample_once_for_any_world(
     samples: int, per_rank: int, world_size: int
 ) -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -39,7 +39,6 @@ def epoch_of(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.in
     )
 
 
-@settings(deadline=None)
 @given(
     samples=st.integers(1, 700),
     batch_size=st.integers(1, 80),
@@ -117,7 +116,6 @@ def test_random_access_equals_sequential(shuffle: Shuffle, holdout: float) -> No
     assert single.tolist() == [ids[positions[0]]]
 
 
-@settings(deadline=None)
 @given(
     samples=st.integers(2, 400),
     percent=st.integers(1, 99),
@@ -291,7 +289,6 @@ def test_occurrences_are_dealt_out_in_each_batch() -> None:
     assert second.tolist() == once[[3, 4, 5, 3, 4, 2, 3, 4]].tolist()
 
 
-@settings(deadline=None)
 @given(
     samples=st.integers(1, 60),
     batch_size=st.integers(1, 40),
@@ -427,7 +424,6 @@ def test_permutation_compiles_once() -> None:
     assert len(permutation._permuted.signatures) == 1
 
 
-@settings(deadline=None)
 @given(length=st.integers(0, 200), world_size=st.integers(1, 9), group=st.integers(1, 8))
 def test_evaluation_shares_cover_a_batch_once(length: int, world_size: int, group: int) -> None:
     shares = [
@@ -439,7 +435,6 @@ def test_evaluation_shares_cover_a_batch_once(length: int, world_size: int, grou
     assert max(map(len, shares)) - min(map(len, shares)) < 2 * group
 
 
-@settings(deadline=None)
 @given(groups=st.integers(1, 9), world_size=st.integers(1, 9), group=st.integers(1, 8))
 def test_training_shares_are_equal_and_hold_whole_groups(
     groups: int, world_size: int, group: int

@@ -102,7 +102,7 @@ def whole_epoch(loader: Loader, table: NDArray[np.int64] | None = None) -> list[
 
 
 @given(st.lists(st.integers(0, SAMPLES - 1), min_size=LENGTH, max_size=2 * LENGTH))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_an_epoch_has_the_ids_of_its_table_and_counts_their_appearances(ids: list[int]) -> None:
     table = np.array(ids, np.int64)
     with opened() as loader:
@@ -156,7 +156,7 @@ def test_what_was_prefetched_is_kept_where_nothing_changes() -> None:
     before=st.sampled_from([(1, 1), (2, 1), (1, 2)]),
     steps=st.integers(0, 5),
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_ranks_cuts_and_resumes_change_nothing(
     seed: int, spread: tuple[int, int], before: tuple[int, int], steps: int
 ) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.pipelines import philox
@@ -57,7 +57,6 @@ def test_philox_gives_random123_known_answers(counter: str, key: str, expected: 
     assert oracle(seed, tuple(counter_words)) == tuple(answer)
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**64 - 1),
     counters=st.lists(st.tuples(WORD, WORD, WORD, WORD), max_size=5),

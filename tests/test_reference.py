@@ -312,7 +312,7 @@ def test_blur_is_the_normalised_gaussian_with_reflected_border(
 
 
 @given(size=st.integers(1, 9), sigma=st.floats(0.1, 5))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_blur_of_tiny_views_takes_what_the_border_allows(size: int, sigma: float) -> None:
     side = blur_kernel_size(GaussianBlur(sigma=(0.1, 5)), sigma, size)
     radius = (side - 1) // 2

@@ -105,12 +105,12 @@ def _mix(lines: torch.Tensor, mixed: Mixed, cut: torch.Tensor) -> torch.Tensor:
     for first in range(0, len(lines), at_once):
         rows = slice(first, first + at_once)
         partners, boxes = lines[mixed.partners[rows]], mixed.boxes[rows]
-        own = torch.where(_is_box(boxes), 1.0, mixed.weights[rows])[:, None, None]
+        share = torch.where(_is_box(boxes), 1.0, mixed.weights[rows])[:, None, None]
         chosen = lines[rows]
         if cut[rows].any():
             chosen = torch.where(_inside(boxes, lines), partners, chosen)
         # Not addcmul: whether it rounds once or twice depends on the processor.
-        torch.mul(own, chosen, out=result[rows]).add_(partners.mul_(1 - own))
+        torch.mul(share, chosen, out=result[rows]).add_(partners.mul_(1 - share))
     return result
 
 

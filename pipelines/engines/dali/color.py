@@ -11,13 +11,21 @@ from nvidia.dali import fn, math
 from nvidia.dali.data_node import DataNode
 
 from headrace.pipelines.engines.dali.columns import LUMA, linear_slots
-from headrace.pipelines.engines.dali.nodes import FLOAT, TRUNCATE, UINT8, Inputs, cast, level, one
+from headrace.pipelines.engines.dali.nodes import (
+    FLOAT,
+    TRUNCATE,
+    UINT8,
+    Inputs,
+    cast,
+    level,
+    single_node,
+)
 from headrace.pipelines.ops import ColorJitter
 
 
 def luma(pictures: DataNode) -> DataNode:
     """The grey picture, uint8 [pictures, H, W, 1]."""
-    return one(fn.coord_transform(pictures, M=LUMA.tolist(), dtype=UINT8))
+    return single_node(fn.coord_transform(pictures, M=LUMA.tolist(), dtype=UINT8))
 
 
 def mean_level(gray: DataNode) -> Any:
@@ -27,19 +35,19 @@ def mean_level(gray: DataNode) -> Any:
 
 def grayscale(inputs: Inputs, pictures: DataNode, name: str) -> DataNode:
     matrix = fn.per_frame(inputs.argument(name + "matrix"))
-    return one(fn.coord_transform(pictures, M=matrix, dtype=UINT8))
+    return single_node(fn.coord_transform(pictures, M=matrix, dtype=UINT8))
 
 
 def gaussian_blur(inputs: Inputs, pictures: DataNode, name: str) -> DataNode:
     sigma = fn.per_frame(inputs.argument(name + "sigma"))
     window = fn.per_frame(inputs.argument(name + "window"))
-    return one(fn.gaussian_blur(pictures, sigma=sigma, window_size=window))
+    return single_node(fn.gaussian_blur(pictures, sigma=sigma, window_size=window))
 
 
 def solarize(inputs: Inputs, pictures: DataNode, name: str) -> DataNode:
     """Invert what is at or above `threshold`."""
     inverted = pictures >= inputs.operand(name + "threshold")
-    return one(pictures ^ (inverted * level(255)))
+    return single_node(pictures ^ (inverted * level(255)))
 
 
 def color_jitter(inputs: Inputs, op: ColorJitter, pictures: DataNode, name: str) -> DataNode:

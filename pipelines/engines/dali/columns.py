@@ -360,8 +360,8 @@ def finish_columns(augmentation: Augmentation, plan: Plan) -> Columns:
     Erasing in a view: `start`, `shape` float32 [B, regions, 3] over (picture, row, column), where
     regions = pictures * most boxes, picture by picture; of no extent where nothing is erased. Those
     of "rand" are one column per region, [B, 3], with their `color`. Mixing: `mix.partner` int32
-    [B], a row; `mix.own` float32 [B, 1, 1, 1, 1], the share of the sample's own pixels outside of a
-    box; with CutMix `mix.start`, `mix.shape` float32 [B, 2].
+    [B], a row; `mix.share` float32 [B, 1, 1, 1, 1], of the sample's own pixels outside of the box;
+    with CutMix `mix.start`, `mix.shape` float32 [B, 2].
     """
     named: Columns = {}
     first = 0
@@ -375,8 +375,8 @@ def finish_columns(augmentation: Augmentation, plan: Plan) -> Columns:
         box = plan.mix["box"].astype(np.float32)
         cut = (box[:, 2:] > 0).all(axis=1)
         named["mix.partner"] = rows + plan.mix["partner"].astype(np.int32)
-        own = np.where(cut, np.float32(1), plan.mix["weight"])
-        named["mix.own"] = own.reshape(-1, 1, 1, 1, 1)
+        share = np.where(cut, np.float32(1), plan.mix["weight"])
+        named["mix.share"] = share.reshape(-1, 1, 1, 1, 1)
         if augmentation.mix.cutmix_alpha > 0:
             named |= {"mix.start": box[:, :2], "mix.shape": box[:, 2:]}
     return {name: np.ascontiguousarray(column) for name, column in named.items()}

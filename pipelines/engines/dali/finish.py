@@ -2,7 +2,7 @@
 
     normalise   one node, uint8 [pictures, H, W, 3] to float32
     erase       one node for boxes of one colour, one for each box that has its own
-    mix         partner + own * (x - partner), where the difference is nothing inside CutMix's box
+    mix         partner + share * (x - partner), where the difference is nothing inside CutMix's box
 
 Noise for every pixel is made by torch from keys of the Plan, so a view that erases with it leaves
 the graph in 8 bits, and `device_stage` does the rest.
@@ -15,7 +15,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIDataType
 
 from headrace.pipelines.engines.dali.columns import erase_prefix
-from headrace.pipelines.engines.dali.nodes import FLOAT, Inputs, cast, one
+from headrace.pipelines.engines.dali.nodes import FLOAT, Inputs, cast, single_node
 from headrace.pipelines.recipe import Augmentation, Mix, RandomErasing
 
 
@@ -29,7 +29,7 @@ def finished_view(
     """[pictures, H, W, 3] of `dtype` (float32 or float16) from uint8."""
     erase, mix = augmentation.views[view_index].erase, augmentation.mix
     steps = FLOAT if erase is not None or mix is not None else dtype
-    made = one(
+    finished = single_node(
         fn.crop_mirror_normalize(
             pictures,
             mean=[255 * mean for mean in augmentation.mean],
@@ -40,10 +40,10 @@ def finished_view(
     )
     if erase is not None:
         count = augmentation.views[view_index].count
-        made = _erased(inputs, erase, made, view_index, count)
+        finished = _erased(inputs, erase, finished, view_index, count)
     if mix is not None:
-        made = _mixed(inputs, mix, made)
-    return made if steps == dtype else cast(made, dtype)
+        finished = _mixed(inputs, mix, finished)
+    return finished if steps == dtype else cast(finished, dtype)
 
 
 def _erased(
@@ -51,7 +51,7 @@ def _erased(
 ) -> DataNode:
     def boxes(pictures: DataNode, prefix: str, color: Any) -> DataNode:
         start, shape = inputs.argument(prefix + "start"), inputs.argument(prefix + "shape")
-        return one(
+        return single_node(
             fn.erase(pictures, anchor=start, shape=shape, axis_names="FHW", fill_value=color)
         )
 
@@ -65,9 +65,9 @@ def _erased(
 
 
 def _mixed(inputs: Inputs, mix: Mix, pictures: DataNode) -> DataNode:
-    partners = one(fn.permute_batch(pictures, indices=inputs.argument("mix.partner")))
+    partners = single_node(fn.permute_batch(pictures, indices=inputs.argument("mix.partner")))
     difference: Any = pictures - partners
     if mix.cutmix_alpha > 0:
         start, shape = inputs.argument("mix.start"), inputs.argument("mix.shape")
         difference = fn.erase(difference, anchor=start, shape=shape, axis_names="HW", fill_value=0)
-    return one(partners + difference * inputs.operand("mix.own"))
+    return single_node(partners + difference * inputs.operand("mix.share"))

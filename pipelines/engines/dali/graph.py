@@ -31,7 +31,7 @@ from headrace.pipelines.engines.dali.columns import (
     stack_prefix,
 )
 from headrace.pipelines.engines.dali.finish import finished_view
-from headrace.pipelines.engines.dali.nodes import Inputs, Placement, one
+from headrace.pipelines.engines.dali.nodes import Inputs, Placement, single_node
 from headrace.pipelines.engines.dali.policy import rand_augment
 from headrace.pipelines.ops import (
     CenterCrop,
@@ -91,9 +91,11 @@ def _decoded(inputs: Inputs, encoded: DataNode, *, region: bool) -> DataNode:
     else:
         arguments |= {"device": "cpu"}
     if not region:
-        return one(fn.decoders.image(encoded, **arguments))
+        return single_node(fn.decoders.image(encoded, **arguments))
     start, shape = inputs.argument("region.start"), inputs.argument("region.shape")
-    return one(fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **arguments))
+    return single_node(
+        fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **arguments)
+    )
 
 
 def _single(inputs: Inputs, op: Op, image: DataNode, name: str) -> DataNode:
@@ -103,12 +105,12 @@ def _single(inputs: Inputs, op: Op, image: DataNode, name: str) -> DataNode:
             # Cutting first keeps the filter inside the box, as torchvision does; `resize` with a
             # region of interest would read beyond its edges.
             start, shape = inputs.argument(name + "start"), inputs.argument(name + "shape")
-            cut = one(fn.slice(image, start=start, shape=shape, axes=[0, 1]))
+            cut = single_node(fn.slice(image, start=start, shape=shape, axes=[0, 1]))
             return _resized(cut, [op.size, op.size], op.interpolation)
         case Resize():
             return _resized(image, inputs.argument(name + "size"), op.interpolation)
         case CenterCrop() | RandomCrop():
-            return one(
+            return single_node(
                 fn.slice(
                     image,
                     start=inputs.argument(name + "start"),
@@ -120,7 +122,7 @@ def _single(inputs: Inputs, op: Op, image: DataNode, name: str) -> DataNode:
             )
         case Flip():
             horizontal = inputs.argument(name + "horizontal")
-            return one(fn.flip(image, horizontal=horizontal, vertical=0))
+            return single_node(fn.flip(image, horizontal=horizontal, vertical=0))
         case ColorJitter() | Grayscale() | GaussianBlur() | Solarize() | RandAugment():
             raise TypeError(f"{type(op).__name__} runs on stacked pictures")
         case _:
@@ -129,7 +131,7 @@ def _single(inputs: Inputs, op: Op, image: DataNode, name: str) -> DataNode:
 
 def _resized(image: DataNode, size: DataNode | list[int], interpolation: Interpolation) -> DataNode:
     kind = _INTERPOLATION[interpolation]
-    return one(fn.resize(image, size=size, interp_type=kind, antialias=True))
+    return single_node(fn.resize(image, size=size, interp_type=kind, antialias=True))
 
 
 def _stacked(inputs: Inputs, op: Op, pictures: DataNode, name: str, side_pixels: int) -> DataNode:
@@ -163,7 +165,7 @@ def _view(inputs: Inputs, view: View, view_index: int, decoded: DataNode) -> Dat
             if on_single_pictures(op):
                 image = _single(inputs, op, image, picture_prefix(view_index, picture, op_index))
         pictures.append(image)
-    stack = one(fn.stack(*pictures, axis=0, axis_name="F"))
+    stack = single_node(fn.stack(*pictures, axis=0, axis_name="F"))
     for op_index, op in enumerate(view.executed):
         if not on_single_pictures(op):
             stack = _stacked(inputs, op, stack, stack_prefix(view_index, op_index), view.size)
@@ -245,6 +247,6 @@ def probing_pipeline(encoded: NDArray[np.uint8], placement: Placement, **options
     pipeline = Pipeline(batch_size=1, num_threads=1, prefetch_queue_depth=1, **options)
     with pipeline:
         fed = fn.external_source(source=[[encoded]], dtype=DALIDataType.UINT8, ndim=1)
-        decoded = _decoded(Inputs(placement, {}), one(fed), region=False)
+        decoded = _decoded(Inputs(placement, {}), single_node(fed), region=False)
         pipeline.set_outputs(decoded.shape())
     return pipeline

@@ -35,14 +35,14 @@ class Inputs:
 
     def constant(self, values: list[Any], dtype: type[np.generic] = np.float32) -> DataNode:
         """A constant array where the pictures are."""
-        return one(types.Constant(np.array(values, dtype), device=self.placement))
+        return single_node(types.Constant(np.array(values, dtype), device=self.placement))
 
     def per_channel(self, red: float, green: float, blue: float) -> DataNode:
         """A constant float32 [1, 1, 1, 3], one number for each channel."""
         return self.constant([[[[red, green, blue]]]])
 
 
-def one(node: Any) -> DataNode:
+def single_node(node: Any) -> DataNode:
     """DALI's operators are typed as returning a node, several or none; ours return one."""
     if not isinstance(node, DataNode):
         raise TypeError(f"expected one DALI node, got {node!r}")
@@ -51,7 +51,7 @@ def one(node: Any) -> DataNode:
 
 def cast(node: DataNode, dtype: DALIDataType) -> DataNode:
     """To 8 bits it clamps and rounds."""
-    return one(fn.cast(node, dtype=dtype))
+    return single_node(fn.cast(node, dtype=dtype))
 
 
 def level(value: int) -> Any:

@@ -25,7 +25,15 @@ from nvidia.dali.types import DALIInterpType
 
 from headrace.pipelines.engines.dali.color import luma, mean_level, solarize
 from headrace.pipelines.engines.dali.columns import AFFINE, INVERTING, LINEAR, layer_prefix
-from headrace.pipelines.engines.dali.nodes import FLOAT, TRUNCATE, UINT8, Inputs, cast, level, one
+from headrace.pipelines.engines.dali.nodes import (
+    FLOAT,
+    TRUNCATE,
+    UINT8,
+    Inputs,
+    cast,
+    level,
+    single_node,
+)
 from headrace.pipelines.ops import RandAugment
 
 # Pillow's ImageFilter.SMOOTH, in thirteenths.
@@ -49,9 +57,9 @@ def _layer(
     if declared & INVERTING:
         pictures = solarize(inputs, pictures, name)
     if "Posterize" in declared:
-        pictures = one(pictures & inputs.operand(name + "kept"))
+        pictures = single_node(pictures & inputs.operand(name + "kept"))
     if "SolarizeAdd" in declared:
-        pictures = one(pictures + (pictures < 128) * inputs.operand(name + "addend"))
+        pictures = single_node(pictures + (pictures < 128) * inputs.operand(name + "addend"))
     if "Equalize" in declared:
         pictures = _equalized(inputs, pictures, name, side_pixels)
     return pictures
@@ -66,7 +74,7 @@ def _blended(
     changed: Any = pictures
     if declared & AFFINE:
         matrix = fn.per_frame(inputs.argument(name + "matrix"))
-        changed = one(fn.warp_affine(pictures, matrix=matrix, dtype=FLOAT))
+        changed = single_node(fn.warp_affine(pictures, matrix=matrix, dtype=FLOAT))
     elif "Sharpness" in declared:
         changed = cast(pictures, FLOAT)  # differences of 8-bit numbers would wrap
     plain = changed
@@ -101,9 +109,9 @@ def _filled(inputs: Inputs, op: RandAugment, warped: DataNode, matrix: DataNode)
     """
     white = warped | level(255)
     kind = DALIInterpType.INTERP_NN
-    inside = one(fn.warp_affine(white, matrix=matrix, interp_type=kind, fill_value=0))
+    inside = single_node(fn.warp_affine(white, matrix=matrix, interp_type=kind, fill_value=0))
     fill = inputs.constant([[[list(op.fill)]]], dtype=np.uint8)
-    return one(((warped ^ fill) & inside) ^ fill)
+    return single_node(((warped ^ fill) & inside) ^ fill)
 
 
 def _stretched(inputs: Inputs, pictures: DataNode, name: str) -> tuple[DataNode, DataNode]:
@@ -114,10 +122,10 @@ def _stretched(inputs: Inputs, pictures: DataNode, name: str) -> tuple[DataNode,
     low = fn.reductions.min(pictures, axes=[1, 2], keep_dims=True)
     high = fn.reductions.max(pictures, axes=[1, 2], keep_dims=True)
     drawn = (high > low) * inputs.operand(name + "stretch")
-    span = cast(one(high - low), FLOAT)
+    span = cast(single_node(high - low), FLOAT)
     scale = (255.0 / math.max(span, 1.0) - 1.0) * drawn + 1.0
     offset = low * scale * drawn * -1.0
-    return one(scale), one(offset)
+    return single_node(scale), single_node(offset)
 
 
 def _detail(inputs: Inputs, pictures: DataNode, plain: DataNode, side_pixels: int) -> DataNode:
@@ -127,7 +135,7 @@ def _detail(inputs: Inputs, pictures: DataNode, plain: DataNode, side_pixels: in
     """
     smooth = fn.filter(pictures, inputs.constant(_SMOOTH), dtype=UINT8)
     last, side = side_pixels - 1, side_pixels
-    return one(
+    return single_node(
         fn.erase(
             plain - smooth,
             anchor=[0, 0, last, 0, 0, 0, 0, last],
@@ -146,12 +154,12 @@ def _equalized(inputs: Inputs, pictures: DataNode, name: str, side_pixels: int) 
     brighter, with a step that is not whole. On the inverted picture its count is Pillow's, and what
     the step's fraction makes is put right afterwards; what is left is one more rounding.
     """
-    made_even = one(fn.equalize(pictures ^ level(255))) ^ level(255)
+    made_even = single_node(fn.equalize(pictures ^ level(255))) ^ level(255)
     brightest = fn.reductions.max(pictures, axes=[1, 2], keep_dims=True)
     among_them = (pictures == brightest) * level(1)
-    counted = one(fn.reductions.sum(among_them, axes=[1, 2], keep_dims=True, dtype=FLOAT))
+    counted = single_node(fn.reductions.sum(among_them, axes=[1, 2], keep_dims=True, dtype=FLOAT))
     span = (float(side_pixels**2) - counted) / 255.0
     step = math.floor(span)
     made_even = cast(made_even * (span / math.max(step, 1.0)), UINT8)
     drawn = inputs.operand(name + "equalize") * (step >= 1.0)
-    return one(pictures ^ ((pictures ^ made_even) & drawn))
+    return single_node(pictures ^ ((pictures ^ made_even) & drawn))

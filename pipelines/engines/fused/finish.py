@@ -119,12 +119,12 @@ def erase(values, size, first, boxes, colors, noisy, key, quantiles, words):
 
 
 @numba.njit(nogil=True)
-def _write_mixed(own, other, size, first, weight, box, target):
+def _write_mixed(values, other, size, first, weight, box, target):
     """Rows of a sample's mixture with its partner, CutMix where `box` has any pixel."""
     top, left, high, wide = box
     if high > 0 and wide > 0:
         for i in range(target.size):
-            target[i] = own[i]
+            target[i] = values[i]
         width = 3 * size
         for y in range(max(top, first), min(top + high, first + target.size // width)):
             start = (y - first) * width + 3 * left
@@ -134,7 +134,7 @@ def _write_mixed(own, other, size, first, weight, box, target):
         return
     rest = np.float32(1) - weight
     for i in range(target.size):
-        target[i] = weight * own[i] + rest * other[i]
+        target[i] = weight * values[i] + rest * other[i]
 
 
 @numba.njit(nogil=True)

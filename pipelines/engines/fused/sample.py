@@ -48,9 +48,9 @@ def _neighbours(builder: Any, source: Any, places: list[Any]) -> list[Any]:
     first = [*range(8), *range(LANES, LANES + 8)]
     second = [lane + 8 for lane in first]
     neighbours = []
-    for two in (even, odd):
-        low, high = (_picked(builder, fours[i], fours[i + 1], two) for i in (0, 2))
-        neighbours += [_picked(builder, low, high, one) for one in (first, second)]
+    for pair in (even, odd):
+        low, high = (_picked(builder, fours[i], fours[i + 1], pair) for i in (0, 2))
+        neighbours += [_picked(builder, low, high, lanes) for lanes in (first, second)]
     return neighbours
 
 
@@ -111,9 +111,9 @@ def _shifted(reach: int) -> Callable[..., None]:
                 at = builder.add(first, builder.mul(stride, constant_index(k)))
                 raw = builder.load(vector_at(builder, source, at, BYTES), align=1)
                 levels.append(builder.zext(raw, INTS))
-            made = _between(builder, levels, splat(builder, part, _DOUBLES))
+            between = _between(builder, levels, splat(builder, part, _DOUBLES))
             to = vector_at(builder, target, place, BYTES)
-            builder.store(clipped_bytes(builder, made), to, align=1)
+            builder.store(clipped_bytes(builder, between), to, align=1)
             return context.get_dummy_value()
 
         return signature, generate
@@ -169,12 +169,12 @@ def _sampler(reach: int) -> Callable[..., None]:
                 pixels = _neighbours(
                     builder, source, [builder.add(window, below) for window in windows]
                 )[used]
-                for channel, made in enumerate(sums):
+                for channel, rows in enumerate(sums):
                     shift, mask = (ir.Constant(INTS, [k] * LANES) for k in (8 * channel, 255))
                     levels = [builder.and_(builder.lshr(each, shift), mask) for each in pixels]
-                    made.append(_between(builder, levels, right))
-            for channel, made in enumerate(sums):
-                clipped = clipped_bytes(builder, _between(builder, made, down))
+                    rows.append(_between(builder, levels, right))
+            for channel, rows in enumerate(sums):
+                clipped = clipped_bytes(builder, _between(builder, rows, down))
                 to = builder.add(place, builder.mul(plane, constant_index(channel)))
                 builder.store(clipped, vector_at(builder, target, to, BYTES), align=1)
             return context.get_dummy_value()

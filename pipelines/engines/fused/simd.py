@@ -171,8 +171,8 @@ def _weighted_sum(tile: int) -> Callable[..., None]:
             for total, column in zip(sums, vectors, strict=True):
                 at, floats = builder.add(place, constant_index(column)), builder.load(total)
                 if to_bytes:
-                    made = clipped_bytes(builder, floats)
-                    builder.store(made, vector_at(builder, target, at, BYTES), align=1)
+                    clipped = clipped_bytes(builder, floats)
+                    builder.store(clipped, vector_at(builder, target, at, BYTES), align=1)
                 else:
                     builder.store(floats, vector_at(builder, target, at, _FLOATS), align=4)
             return context.get_dummy_value()
