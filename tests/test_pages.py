@@ -321,6 +321,22 @@ def test_shell_scripts_explain_themselves_and_refuse_what_they_do_not_know(tmp_p
         run(tmp_path, "bash", "-n", str(ROOT / "tools" / script))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python training/train.py --help",
+        "python -m headrace.training.train --help",
+        "torchrun --standalone --nproc-per-node 1 training/train.py --help",
+        "torchrun --standalone --nproc-per-node 1 -m headrace.training.train --help",
+        "python tools/make_shards.py --help",
+    ],
+)
+def test_scripts_run_as_typed_in_the_clone_and_by_their_module(command: str) -> None:
+    """`python training/train.py` puts training/ first on the path: nothing there hides another."""
+    assert "example" in run(ROOT, *command.replace("python ", f"{sys.executable} ", 1).split())
+
+
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in ("tools", "training")
