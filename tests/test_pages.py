@@ -79,6 +79,12 @@ RUNS: dict[str, Run | Skipped] = {
         f"runs/distill-cifar10 {STEP}",
         CLASSIFIER,
     ),
+    "python training/train.py --method supervised --preset deit_s16_imagenet "
+    "--data.repeated-augmentation 3": Run(
+        f"{SMALL} --backbone vit_tiny_patch16_224 --augmentation.group 4 --data.train data/cifar10",
+        f"runs/supervised-cifar10 {STEP}",
+        CLASSIFIER,
+    ),
     "python training/train.py --method deit --objective.teacher runs/supervised": Run(
         f"{TINY} --data.train data/cifar10 --augmentation.group 4 --objective.teacher runs/tuned",
         f"runs/deit-cifar10 {STEP}",
@@ -277,16 +283,23 @@ def test_links_and_files_named_on_the_pages_are_there() -> None:
                 assert (folder / target).exists(), f"{page}: {target}"
 
 
-def test_the_tree_names_folders_and_files_that_are_there() -> None:
-    tree = README.partition("## The tree")[2].partition("Imports point")[0]
-    names = re.findall(r"^    ( *)((?:[a-z_]+/ +)+)", tree, flags=re.MULTILINE)
-    parent = ""
-    for indent, folders in names:
-        parent = "" if not indent else parent
-        for folder in folders.split():
-            assert (ROOT / parent / folder).is_dir(), f"{parent}{folder}"
-        parent = parent if indent else folders.split()[0]
-    assert len(names) >= 9
+def test_the_trees_name_folders_and_files_that_are_there() -> None:
+    """A line of a tree: names at the start, two spaces, what they are. Deeper lines lie inside."""
+    trees = {
+        ("README.md", "## The tree"): "",
+        ("shards/README.md", "## The files"): "shards",
+        ("training/methods/README.md", "## Around a method"): "training",
+    }
+    for (page, heading), folder in trees.items():
+        tree = TEXTS[page].partition(heading)[2].partition("\n## ")[0]
+        lines = re.findall(r"^    ( *)((?:[a-z_]+(?:/|\.py) +)+)", tree, flags=re.MULTILINE)
+        assert len(lines) >= 7
+        parent = ""
+        for indent, names in lines:
+            for name in names.split():
+                path = ROOT / folder / (parent if indent else "") / name
+                assert path.exists(), f"{page}: {path.relative_to(ROOT)}"
+            parent = parent if indent else names.split()[0]
 
 
 def test_the_methods_are_all_named_and_counted() -> None:
