@@ -306,6 +306,23 @@ def test_a_method_takes_some_encoder_and_says_which(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_hooks_are_marked(name: str) -> None:
+    """With `@override` the type checker refuses a misspelt hook, which nobody would call."""
+    classes = [
+        each
+        for each in vars(module_of(name)).values()
+        if isinstance(each, type) and issubclass(each, Method) and each is not Method
+    ]
+    assert classes
+    for each in classes:
+        hooks = {key: value for key, value in vars(each).items() if key in vars(Method)}
+        functions = {key: hooks[key] for key in hooks if key != "__init__" and callable(hooks[key])}
+        assert {"embed", "objective"} <= functions.keys()
+        unmarked = {key for key, hook in functions.items() if not hasattr(hook, "__override__")}
+        assert not unmarked
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_presets_are_whole(name: str) -> None:
     module = module_of(name)
     presets: dict[str, Preset] = module.PRESETS

@@ -91,7 +91,9 @@ RUNS: dict[str, Run | Skipped] = {
         CLASSIFIER,
     ),
     "python training/train.py --method deit --objective.teacher tf_efficientnet_lite0 "
-    "--objective.teacher-weights lite0.pth": Skipped("weights of others; test_targets has its own"),
+    "--objective.teacher-weights lite0.pth": Skipped(
+        "weights of others; test_blocks_classifier_teacher.py has its own"
+    ),
     "torchrun --standalone --nproc-per-node 8 training/train.py --method simclr "
     "--data.batch-size 32768 --run.accumulate 32 --run.gradient-cache": Run(
         f"{TINY} --data.train data/cifar10 --run.accumulate 2 --run.out runs/cached",
