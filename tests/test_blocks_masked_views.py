@@ -54,10 +54,11 @@ def test_patches_are_those_of_the_same_place(name: str) -> None:
         tokens = embed_patches(method.student, batch.views[view], mask, method.mask_token)
         every = head(encode_tokens(method.student, tokens)[:, 1:])
         whole = method.encoder.forward_features(batch.views[view])[:, 1:]
-        told = (method.teacher_head.classes if name == "ibot" else method.teacher_heads[-1])(whole)
+        teacher_head = method.teacher_head.classes if name == "ibot" else method.teacher_heads[-1]
+        targets = teacher_head(whole)
         for sample in range(4):
             count = int(mask[sample].sum())
-            for key, expected in (("student_patch", every), ("teacher_patch", told)):
+            for key, expected in (("student_patch", every), ("teacher_patch", targets)):
                 ours = embeddings[key][sample, view, :count]
                 torch.testing.assert_close(
                     ours, expected[sample][mask[sample]], rtol=1e-4, atol=1e-5
@@ -66,10 +67,10 @@ def test_patches_are_those_of_the_same_place(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_masks_have_to_fit(name: str) -> None:
-    recipe, module = small_preset(name), module_of(name)
-    pixels = tuple(view.size for view in recipe.augmentation.flat_views)
+    preset, module = small_preset(name), module_of(name)
+    pixels = tuple(view.size for view in preset.augmentation.flat_views)
     make = EncoderFactory("test_vit", {"img_size": 32, "patch_size": 4, "dynamic_img_size": True})
-    masks = tuple(view.mask for view in recipe.augmentation.flat_views)
+    masks = tuple(view.mask for view in preset.augmentation.flat_views)
     for given, text in [
         ((), "needs masks on the augmentation's two global views"),
         ((masks[0], None), "needs masks on the augmentation's two global views"),
@@ -79,12 +80,12 @@ def test_masks_have_to_fit(name: str) -> None:
         ),
     ]:
         with pytest.raises(ConfigError, match=text):
-            module.build(recipe.objective, make, Facts(0, 64, pixels, 16, 4, 20, masks=given))
+            module.build(preset.objective, make, Facts(0, 64, pixels, 16, 4, 20, masks=given))
     with pytest.raises(ConfigError, match="two global views of one size"):
-        module.build(recipe.objective, make, Facts(0, 64, (32,), 16, 4, 20, masks=masks))
+        module.build(preset.objective, make, Facts(0, 64, (32,), 16, 4, 20, masks=masks))
     with pytest.raises(ConfigError, match="needs a timm VisionTransformer"):
         module.build(
-            recipe.objective,
+            preset.objective,
             EncoderFactory("test_resnet", {}),
             Facts(0, 64, pixels, 16, 4, 20, masks=masks),
         )

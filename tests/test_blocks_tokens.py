@@ -77,9 +77,9 @@ def test_masked_patches_pads_and_cuts() -> None:
 
 @pytest.mark.parametrize("mask", [BlockMask(4, (0.1, 0.5), 4), RandomMask(4, 0.6), BlockMask(4)])
 def test_no_mask_is_larger_than_the_largest(mask: BlockMask | RandomMask) -> None:
-    recipe = small_preset("ibot").augmentation
-    view = replace(recipe.views[0], mask=mask)
-    drawn = make_batch(replace(recipe, views=(view, *recipe.views[1:])), samples=64)
+    augmentation = small_preset("ibot").augmentation
+    view = replace(augmentation.views[0], mask=mask)
+    drawn = make_batch(replace(augmentation, views=(view, *augmentation.views[1:])), samples=64)
     sizes = mask_of(drawn).sum(dim=1)
     assert 0.9 * most_masked(mask, 64) - 2 < sizes.max() <= most_masked(mask, 64)
 

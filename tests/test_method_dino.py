@@ -202,11 +202,11 @@ def test_dino_may_learn_the_lengths_of_prototypes() -> None:
 
 
 def test_dino_wants_its_global_views_first() -> None:
-    recipe = small_preset("dino")
+    preset = small_preset("dino")
     for pixels in [(32,), (32, 16, 32), (16, 16, 32)]:
         with pytest.raises(ConfigError, match="two global views of one size"):
             module_of("dino").build(
-                recipe.objective,
+                preset.objective,
                 EncoderFactory("test_resnet", {}),
                 Facts(0, 64, pixels, 16, 4, 20),
             )

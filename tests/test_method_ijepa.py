@@ -130,20 +130,20 @@ def test_ijepa_padding_changes_nothing(context_share: float) -> None:
 
 @pytest.mark.parametrize("side", [8, 14, 16, 28])
 def test_ijepa_has_room_for_every_block(side: int) -> None:
-    recipe = small_preset("ijepa").augmentation
+    augmentation = small_preset("ijepa").augmentation
     mask = MultiBlockMask(4, min_keep=4)
-    ops = (replace(recipe.views[0].ops[0], size=4 * side),)  # pyright: ignore[reportCallIssue]
-    view = replace(recipe.views[0], ops=ops, mask=mask)
+    ops = (replace(augmentation.views[0].ops[0], size=4 * side),)  # pyright: ignore[reportCallIssue]
+    view = replace(augmentation.views[0], ops=ops, mask=mask)
     largest = module_of("ijepa").largest_target(mask, side)
-    found = max(
+    largest_drawn = max(
         int(
-            mask_of(make_batch(replace(recipe, views=(view,), group=1), 64, seed))[:, 1:]
+            mask_of(make_batch(replace(augmentation, views=(view,), group=1), 64, seed))[:, 1:]
             .sum(-1)
             .max()
         )
         for seed in range(4)
     )
-    assert found == largest
+    assert largest_drawn == largest
 
 
 def test_ijepa_target_encoder_follows_on_a_straight_line() -> None:
@@ -159,18 +159,18 @@ def test_ijepa_target_encoder_follows_on_a_straight_line() -> None:
 
 
 def test_ijepa_says_what_it_needs() -> None:
-    recipe, module = small_preset("ijepa"), module_of("ijepa")
+    preset, module = small_preset("ijepa"), module_of("ijepa")
     make = EncoderFactory("test_vit", {"img_size": 32, "patch_size": 4, "global_pool": "avg"})
 
     def built(objective: object, *masks: object) -> Method:
         given: Any = masks
         return module.build(objective, make, Facts(0, 64, (32,), 16, 4, 20, masks=given))
 
-    mask = recipe.augmentation.views[0].mask
+    mask = preset.augmentation.views[0].mask
     for masks in [(), (None,), (BlockMask(4),), (mask, mask)]:
         with pytest.raises(ConfigError, match="needs one view with a MultiBlockMask"):
-            built(recipe.objective, *masks)
+            built(preset.objective, *masks)
     with pytest.raises(ConfigError, match="have 4 pixels, and the augmentation's masks"):
-        built(recipe.objective, MultiBlockMask(8))
+        built(preset.objective, MultiBlockMask(8))
     with pytest.raises(ConfigError, match="multiple of 4 and of predictor_heads"):
-        built(replace(recipe.objective, predictor_heads=5), mask)
+        built(replace(preset.objective, predictor_heads=5), mask)

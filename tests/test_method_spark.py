@@ -120,11 +120,11 @@ def test_the_decoder_adds_maps_on_the_way_up() -> None:
 def test_resnet50_as_published() -> None:
     """spark.py, SparK.__init__, and decoder.py, LightDecoder.__init__, of a ResNet-50."""
     spark = module_of("spark")
-    recipe = spark.PRESETS["imagenet"]
-    (mask,) = (view.mask for view in recipe.augmentation.flat_views)
+    preset = spark.PRESETS["imagenet"]
+    (mask,) = (view.mask for view in preset.augmentation.flat_views)
     facts = Facts(1000, 10**6, (224,), 4096, 312, 499200, masks=(mask,))
     with torch.device("meta"):
-        method = spark.build(recipe.objective, EncoderFactory("resnet50", {}), facts)
+        method = spark.build(preset.objective, EncoderFactory("resnet50", {}), facts)
     assert (method.side, method.removed) == (7, 29)  # 20 of 49 cells are seen
     densify = method.decoder.densify
     widths = {0: (2048, 768, 1), 1: (1024, 384, 3), 2: (512, 192, 3), 3: (256, 96, 3)}
@@ -141,12 +141,12 @@ def test_resnet50_as_published() -> None:
 
 
 def test_what_cannot_be_sparse_is_refused() -> None:
-    spark, recipe = module_of("spark"), small_preset("spark")
+    spark, preset = module_of("spark"), small_preset("spark")
     mask = RandomMask(32, 0.5)
     facts = Facts(0, 64, (64,), 16, 4, 20, masks=(mask,))
 
     def refused(text: str, backbone: str = "test_resnet", **changes: Any) -> None:
-        objective = replace(recipe.objective, decoder_dim=changes.pop("decoder_dim", 64))
+        objective = replace(preset.objective, decoder_dim=changes.pop("decoder_dim", 64))
         options = ENCODERS[backbone] if backbone in ENCODERS else changes.pop("options", {})
         with torch.device("meta"), pytest.raises(ConfigError, match=text):
             spark.build(objective, EncoderFactory(backbone, options), replace(facts, **changes))

@@ -164,18 +164,18 @@ def test_a_queue_of_broken_batches_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "epochs", "start", "peak", "final"),
+    ("name", "epochs", "start", "peak", "final"),
     [
         ("imagenet", 800, 0.3, 4.8, 0.0048),
         ("small_batch_imagenet", 400, 0.6, 0.6, 0.0006),
     ],
 )
 def test_learning_rates_are_those_of_the_scripts(
-    preset: str, epochs: int, start: float, peak: float, final: float
+    name: str, epochs: int, start: float, peak: float, final: float
 ) -> None:
     """swav scripts/*_pretrain.sh: --start_warmup, --base_lr, --final_lr."""
-    recipe = swav.PRESETS[preset]
-    assert recipe.epochs == epochs
-    schedule = Schedule(recipe.optim, recipe.batch_size, recipe.epochs)
+    preset = swav.PRESETS[name]
+    assert preset.epochs == epochs
+    schedule = Schedule(preset.optim, preset.batch_size, preset.epochs)
     rates = [schedule.learning_rate_at(0), schedule.peak, schedule.learning_rate_at(1)]
     assert rates == pytest.approx([start, peak, final])
