@@ -14,11 +14,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from headrace.training import config as configuration
 from headrace.training import inputs as samples
+from headrace.training.catalogue import find_method, method_names
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config, Data, Run
 from headrace.training.inputs import open_training_loader, read_subset
-from headrace.training.methods import dino, supervised
-from headrace.training.preset import ConfigError, Optim, method_names
+from headrace.training.methods import dino, mae, supervised
+from headrace.training.preset import ConfigError, Optim
 from headrace.training.world import World
 
 
@@ -148,6 +149,35 @@ def test_a_method_from_outside_is_found_by_its_dotted_name(
     monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if entry])
     config = parse("--method outside_package.mine")
     assert config.method == "outside_package.mine"
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('JUDGE_BY = "linear"', "has JUDGE_BY, which means nothing: did you mean JUDGED_BY?"),
+        ("INIT_IS_A_TEACHER = True", "did you mean INIT_IS_TEACHER?"),
+        ('JUDGED_BY = "eye"', "JUDGED_BY is 'eye'; it must be knn or linear"),
+    ],
+)
+def test_a_misspelt_part_of_a_method_is_no_silent_default(
+    line: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = f"package_of_{line.split()[0].lower()}"
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "mine.py").write_text(
+        f"from headrace.training.methods.simclr import *\n{line}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert sentence in refusal(f"--method {package}.mine")
+
+
+def test_the_parts_of_a_method_are_what_its_file_says() -> None:
+    plain, mae_parts = find_method("simclr"), find_method("mae")
+    assert (plain.judged_by, plain.backbone_options, plain.init_is_teacher) == ("knn", {}, False)
+    assert (mae_parts.judged_by, mae_parts.backbone_options) == ("linear", mae.BACKBONE_OPTIONS)
+    assert find_method("distill").init_is_teacher
+    assert mae_parts.presets is mae.PRESETS
+    assert mae_parts.objective_class is mae.Objective
 
 
 def test_repeated_augmentation_reaches_the_order_of_training_alone(

@@ -21,9 +21,10 @@ from headrace.pipelines.declaration import augmentation_from
 from headrace.pipelines.recipes import center, deit, dino
 from headrace.shards.store import Store, open_store
 from headrace.training.backbones import EncoderFactory, export, read_initial, resolve_options
+from headrace.training.catalogue import find_method, method_names
 from headrace.training.config import Config, Data, Run
 from headrace.training.features import FeaturePass, extract
-from headrace.training.preset import ConfigError, find_method, method_names
+from headrace.training.preset import ConfigError
 from headrace.training.protocols.knn import knn_predict
 from headrace.training.run.record import read_record, trained_encoder, untrained_encoder
 from headrace.training.world import World
@@ -85,9 +86,9 @@ def make_run(
     """The config.json of a run with a method's CIFAR preset, but for the backbone. A teacher is
     named where one is needed; judging does not open it."""
     directory.mkdir()
-    module = find_method(method)
-    recipe = module.PRESETS["cifar"]
-    objective = recipe.objective
+    declared = find_method(method)
+    preset = declared.presets["cifar"]
+    objective = preset.objective
     if getattr(objective, "teacher", None) == "":
         objective = replace(objective, teacher="runs/teacher")
     config = Config(
@@ -95,13 +96,13 @@ def make_run(
         preset="cifar",
         backbone=backbone,
         backbone_options=options,
-        init=Path("runs/teacher") if getattr(module, "INIT_IS_TEACHER", False) else None,
-        data=Data(train=data, batch_size=recipe.batch_size),
-        optim=recipe.optim,
+        init=Path("runs/teacher") if declared.init_is_teacher else None,
+        data=Data(train=data, batch_size=preset.batch_size),
+        optim=preset.optim,
         run=Run(out=directory, steps=30, seed=5),
         objective=objective,
-        augmentation=recipe.augmentation,
-        test=recipe.test,
+        augmentation=preset.augmentation,
+        test=preset.test,
     )
     described = {
         "config": config.declaration(),
@@ -232,7 +233,7 @@ def test_a_method_gets_batches_and_its_own_mode_between_them(data: Path) -> None
 
 @pytest.mark.parametrize("method", method_names())
 def test_presets_are_read_back(method: str) -> None:
-    for preset in find_method(method).PRESETS.values():
+    for preset in find_method(method).presets.values():
         for augmentation in (preset.augmentation, preset.test):
             declared = json.loads(json.dumps(augmentation.declaration()))
             assert augmentation_from(declared).declaration() == augmentation.declaration()
@@ -265,12 +266,13 @@ COMPOSITE = ("cmc", "deepcluster")  # whose encoders are no plain timm models
     ],
 )
 def test_what_a_method_exports_is_what_is_judged(method: str, data: Path, tmp_path: Path) -> None:
-    recipe, store = find_method(method).PRESETS["cifar"], open_store(data, "train")
-    options = {**getattr(find_method(method), "BACKBONE_OPTIONS", {}), **recipe.backbone_options}
-    views = tuple(view.size for view in recipe.augmentation.flat_views)
-    options = resolve_options(recipe.backbone, options, views, recipe.test.flat_views[0].size)
+    declared, store = find_method(method), open_store(data, "train")
+    preset = declared.presets["cifar"]
+    options = {**declared.backbone_options, **preset.backbone_options}
+    views = tuple(view.size for view in preset.augmentation.flat_views)
+    options = resolve_options(preset.backbone, options, views, preset.test.flat_views[0].size)
     # The run had more images than it is judged with.
-    make_run(tmp_path / "run", data, method, recipe.backbone, options, samples=50_000)
+    make_run(tmp_path / "run", data, method, preset.backbone, options, samples=50_000)
     record = read_record(tmp_path / "run")
     other = untrained_encoder(replace(record, seed=99), store)
     for value in other.buffers():  # as if training had moved running statistics

@@ -14,7 +14,7 @@ from headrace.pipelines.batch import Batch, Erased, Mixed
 from headrace.pipelines.engines.device_stage import device_stage, normalize
 from headrace.pipelines.masks import BlockMask, MultiBlockMask, RandomMask
 from headrace.tools import view_pictures
-from headrace.training.preset import method_names
+from headrace.training.catalogue import method_names
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"blue": (40, 60, 180), "green": (40, 160, 60), "red": (190, 50, 40)}

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from headrace.training.backbones import EncoderFactory, resolve_options
+from headrace.training.catalogue import find_method
 from headrace.training.method import Facts
-from headrace.training.preset import find_method
 from headrace.training.run import checkpoint
 from headrace.training.run.record import read_record
 from tests.test_evaluate import data, make_run  # noqa: F401  the fixture
@@ -26,15 +26,15 @@ def tool() -> Any:
 
 def make_checkpoint(directory: Path, data: Path, method: str) -> None:  # noqa: F811
     """A run of the method's CIFAR preset that has taken three steps, which changed nothing."""
-    recipe = find_method(method).PRESETS["cifar"]
-    pixels = tuple(view.size for view in recipe.augmentation.flat_views)
-    options = resolve_options(recipe.backbone, recipe.backbone_options, pixels, pixels[0])
-    make_run(directory, data, method, recipe.backbone, options)
-    masks = tuple(view.mask for view in recipe.augmentation.flat_views)
+    preset = find_method(method).presets["cifar"]
+    pixels = tuple(view.size for view in preset.augmentation.flat_views)
+    options = resolve_options(preset.backbone, preset.backbone_options, pixels, pixels[0])
+    make_run(directory, data, method, preset.backbone, options)
+    masks = tuple(view.mask for view in preset.augmentation.flat_views)
     facts = Facts(3, 60, pixels, 16, 4, 30, masks=masks)
-    factory = EncoderFactory(recipe.backbone, options)
+    factory = EncoderFactory(preset.backbone, options)
     torch.manual_seed(1)
-    built = find_method(method).build(recipe.objective, factory, facts)
+    built = find_method(method).build(preset.objective, factory, facts)
     checkpoint.save(directory / "checkpoint.pt", {"step": 3, "method": built.state_dict()})
 
 

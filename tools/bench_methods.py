@@ -48,8 +48,9 @@ from headrace.tools.bench.methods.rows import (
     read_rows,
     table,
 )
+from headrace.training.catalogue import method_names
 from headrace.training.inputs import open_train
-from headrace.training.preset import ConfigError, method_names
+from headrace.training.preset import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "tools/benchmarks"

@@ -43,8 +43,9 @@ from headrace.tools.view_pictures import (
     levels,
     picture_of,
 )
+from headrace.training.catalogue import find_method, find_preset
 from headrace.training.inputs import largest_side_pixels, open_train
-from headrace.training.preset import ConfigError, find_method, find_preset
+from headrace.training.preset import ConfigError
 from headrace.training.run.record import read_record
 
 ERASED_OUTLINE, PASTED_OUTLINE = (255, 255, 0), (255, 0, 255)
@@ -144,10 +145,10 @@ def _requested(options: argparse.Namespace) -> Request:
         views, called = recipes.named(options.recipe), options.recipe
         store = open_train(options.data)
     else:
-        module = find_method(options.method)
+        method = find_method(options.method)
         store = open_train(options.data)
-        preset, recipe = find_preset(module, options.preset, lambda: largest_side_pixels(store))
-        views, called = recipe.augmentation, f"{options.method} ({preset})"
+        name, preset = find_preset(method, options.preset, lambda: largest_side_pixels(store))
+        views, called = preset.augmentation, f"{options.method} ({name})"
     if options.samples > len(store):
         raise ShardError(f"--samples is {options.samples}, and {store.uri} has {len(store)} images")
     return Request(

@@ -1,14 +1,42 @@
 """From names and numbers to a method with its weights: to train it, or to judge its encoder."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from headrace.pipelines.recipe import Augmentation
 from headrace.training.backbones import EncoderFactory, read_initial
+from headrace.training.catalogue import find_method
 from headrace.training.method import Facts, Method
-from headrace.training.preset import find_method
+
+
+def facts_of(
+    augmentation: Augmentation,
+    *,
+    num_classes: int,
+    train_samples: int,
+    batch_size: int,
+    steps_per_epoch: int,
+    total_steps: int,
+    init: Path | None,
+) -> Facts:
+    """What a run with these numbers tells its method: in training, and again when it is judged."""
+    views = augmentation.flat_views
+    return Facts(
+        num_classes=num_classes,
+        train_samples=train_samples,
+        view_pixels=tuple(view.size for view in views),
+        batch_size=batch_size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        init=init,
+        mean=augmentation.mean,
+        std=augmentation.std,
+        masks=tuple(view.mask for view in views),
+    )
 
 
 def build_method(
@@ -32,9 +60,10 @@ def build_method(
     Seeds torch's global generator.
     """
     torch.manual_seed(seed)  # the weights' randomness, equal on every rank
-    module = find_method(name)
-    starts = not getattr(module, "INIT_IS_TEACHER", False)
-    initial = read_initial(facts.init) if starts and facts.init and not resumed else None
+    method = find_method(name)
+    initial = None
+    if facts.init and not method.init_is_teacher and not resumed:
+        initial = read_initial(facts.init)
     make_encoder = EncoderFactory(
         backbone,
         backbone_options,
@@ -42,4 +71,4 @@ def build_method(
         compiled=compiled,
         images=None if resumed else images,
     )
-    return module.build(objective, make_encoder, facts)
+    return method.build(objective, make_encoder, facts)

@@ -15,22 +15,24 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_type_hints
 
 from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.ops import OneOf, RecipeError, ViewOp
 from headrace.pipelines.recipe import Augmentation, Mix, RandomErasing, View
-from headrace.training.config import Config, Data, Run, parse_approximations
-from headrace.training.invocation import as_typed
-from headrace.training.preset import (
+from headrace.training.catalogue import (
     SMALL_PIXELS,
-    ConfigError,
-    Optim,
-    Preset,
+    MethodModule,
     find_method,
     find_preset,
     method_names,
+)
+from headrace.training.config import Config, Data, Run, parse_approximations
+from headrace.training.invocation import as_typed
+from headrace.training.preset import (
+    ConfigError,
+    Optim,
+    Preset,
     nearest,
 )
 
@@ -61,30 +63,29 @@ def parse_command_line(
         )
     if "." in known.method and (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # as `python -m` does, so that a method beside the data is found
-    module = find_method(known.method)
+    method = find_method(known.method)
 
-    _check_options(arguments, module.PRESETS.values())
+    _check_options(arguments, method.presets.values())
 
     def largest_side() -> int:
         return SMALL_PIXELS + 1 if known.help else largest_side_pixels(known.train)
 
-    preset_name, preset = find_preset(module, known.preset, largest_side)
-    given = _parse_options(module, preset_name, preset, arguments)
-    return _resolve(known.method, preset_name, preset, given)
+    preset_name, preset = find_preset(method, known.preset, largest_side)
+    given = _parse_options(method, preset_name, preset, arguments)
+    return _resolve(method, preset_name, preset, given)
 
 
 def _parse_options(
-    module: ModuleType, preset_name: str, preset: Preset, arguments: Sequence[str]
+    method: MethodModule, preset_name: str, preset: Preset, arguments: Sequence[str]
 ) -> Any:
     """An instance of `_command_line_class`, the preset's values where nothing is given."""
     import tyro
 
     declared = _command_line_class(preset)
     _check_options(arguments, [preset])
-    summary = (module.__doc__ or "").strip()
     complaint = io.StringIO()
     asked_for_help = "-h" in arguments or "--help" in arguments
-    description = f"{summary}\n\npreset {preset_name}: {preset.notes}".rstrip(": ")
+    description = f"{method.description}\n\npreset {preset_name}: {preset.notes}".rstrip(": ")
     try:
         with nullcontext() if asked_for_help else redirect_stderr(complaint), _approximation_rule():
             return tyro.cli(
@@ -217,11 +218,11 @@ def _augmented(augmentation: Augmentation, given: Any) -> Augmentation:
     return replace(augmentation, views=tuple(views), group=given.group, mix=mix)
 
 
-def _resolve(method: str, preset_name: str, preset: Preset, given: Any) -> Config:
+def _resolve(method: MethodModule, preset_name: str, preset: Preset, given: Any) -> Config:
     run: Run = given.run
     if run.epochs is None and run.steps is None:
         run = replace(run, epochs=preset.epochs)
-    options: dict[str, Any] = dict(getattr(find_method(method), "BACKBONE_OPTIONS", {}))
+    options: dict[str, Any] = dict(method.backbone_options)
     # The preset's options belong to its backbone; another one starts with its own defaults.
     if given.backbone == preset.backbone:
         options |= preset.backbone_options
@@ -231,7 +232,7 @@ def _resolve(method: str, preset_name: str, preset: Preset, given: Any) -> Confi
     except RecipeError as error:
         raise ConfigError(f"--augmentation: {error}") from error
     return Config(
-        method=method,
+        method=method.name,
         preset=preset_name,
         backbone=given.backbone,
         backbone_options=options,

@@ -3,7 +3,7 @@
 A method is one file, `training/methods/<name>.py`, found by its name. It offers
 
     Objective            frozen dataclass, its hyper-parameters (`--objective.*`)
-    PRESETS              dict name -> config.Preset: the published recipe and a CIFAR-sized one
+    PRESETS              dict name -> preset.Preset: the published numbers and CIFAR-sized ones
     build(objective, make_encoder, facts) -> Method
     BACKBONE_OPTIONS     optional: timm options that every backbone of this method gets
     JUDGED_BY            optional: "knn" (default) or "linear", what tells whether it has learnt

@@ -1,22 +1,17 @@
-"""What a method's file declares: its presets, whole experiments by name; and methods by name.
+"""What a method's file declares: its presets, whole experiments on one page each.
 
 A method's PRESETS are `Preset`s: the published numbers, complete. `command_line.py` starts from one
 of them and replaces single values; what comes out is a `config.Config`.
 """
 
 import difflib
-import importlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.errors import UserError
-
-SMALL_PIXELS = 64  # the largest image of a data set that --preset auto calls CIFAR-sized
 
 
 class ConfigError(UserError):
@@ -128,61 +123,10 @@ class Preset:
     notes: str = ""
 
 
-def find_method(name: str) -> ModuleType:
-    """The module of a method: training/methods/<name>.py, or any importable module by dotted name.
+def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """The end of a sentence about an unknown name: ": did you mean ...?", or nothing.
 
-    Raises ConfigError, listing what exists, for an unknown name, and for a module that is no
-    method.
+    cutoff: how much of it has to agree, in [0, 1], as `difflib.get_close_matches` counts.
     """
-    module_name = name if "." in name else f"headrace.training.methods.{name}"
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise  # the method was found; something that it imports was not
-        if "." in name:
-            raise ConfigError(
-                f"--method {name}: there is no module {error.name!r} in the current directory or "
-                f"on the Python path"
-            ) from error
-        raise ConfigError(
-            f"--method {name} is unknown{nearest(name, method_names())}; there are "
-            f"{', '.join(method_names())} in training/methods, and any module by its dotted name"
-        ) from error
-    missing = [part for part in ("Objective", "PRESETS", "build") if not hasattr(module, part)]
-    if missing:
-        raise ConfigError(f"--method {name}: {module.__file__} has no {' and no '.join(missing)}")
-    return module
-
-
-def method_names() -> list[str]:
-    """The methods that are files of training/methods."""
-    files = (Path(__file__).parent / "methods").glob("*.py")
-    return sorted(file.stem for file in files if file.stem != "__init__")
-
-
-def find_preset(
-    module: ModuleType, name: str, largest_side_pixels: Callable[[], int]
-) -> tuple[str, Preset]:
-    """A method's preset by name. "auto" is "cifar" where no image is larger than 64 pixels, else
-    "imagenet"."""
-    presets: Mapping[str, Preset] = module.PRESETS
-    if name == "auto":
-        name = "cifar" if largest_side_pixels() <= SMALL_PIXELS else "imagenet"
-        if name not in presets:
-            raise ConfigError(
-                f"{module.__name__} has no preset {name!r}, which --preset auto asks for with "
-                f"these images; choose among {', '.join(presets)}"
-            )
-    if name not in presets:
-        raise ConfigError(
-            f"--preset {name} is unknown{nearest(name, presets)}; {module.__name__} has auto, "
-            f"{', '.join(presets)}"
-        )
-    return name, presets[name]
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: ": did you mean ...?", or nothing."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
     return f": did you mean {near[0]}?" if near else ""

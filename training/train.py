@@ -18,7 +18,7 @@ from headrace.shards.store import Store
 from headrace.training import optim
 from headrace.training.backbones import resolve_options
 from headrace.training.blocks import norm
-from headrace.training.build import build_method
+from headrace.training.build import build_method, facts_of
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config, steps_between, total_steps
 from headrace.training.ending import run_and_exit
@@ -35,7 +35,7 @@ from headrace.training.inputs import (
     with_paths,
 )
 from headrace.training.meters import Journal, Meters
-from headrace.training.method import Facts, Method, Progress
+from headrace.training.method import Method, Progress
 from headrace.training.parallel import model_for
 from headrace.training.run import checkpoint
 from headrace.training.step import early_parameters, optimiser_step
@@ -68,16 +68,23 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
 
     # ----------------------------------------------------------------------------------- Method
     view_pixels = tuple(view.size for view in config.augmentation.flat_views)
-    masks = tuple(view.mask for view in config.augmentation.flat_views)
     test_pixels = config.test.flat_views[0].size
     options = resolve_options(config.backbone, config.backbone_options, view_pixels, test_pixels)
-    sizes = len(store.classes), len(store), view_pixels, data.batch_size, epoch_steps, steps
+    facts = facts_of(
+        config.augmentation,
+        num_classes=len(store.classes),
+        train_samples=len(store),
+        batch_size=data.batch_size,
+        steps_per_epoch=epoch_steps,
+        total_steps=steps,
+        init=config.init,
+    )
     method = build_method(
         config.method,
         config.objective,
         config.backbone,
         options,
-        Facts(*sizes, config.init, config.augmentation.mean, config.augmentation.std, masks),
+        facts,
         run.seed,
         resumed=before is not None,
         compiled=run.compile,

@@ -22,10 +22,11 @@ from headrace.pipelines.ops import RecipeError
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.store import Store
 from headrace.training.backbones import ENCODER_FILE, read_initial
-from headrace.training.build import build_method
+from headrace.training.build import build_method, facts_of
+from headrace.training.catalogue import find_method
 from headrace.training.inputs import read_subset, sample_images
-from headrace.training.method import Facts, Method
-from headrace.training.preset import ConfigError, find_method
+from headrace.training.method import Method
+from headrace.training.preset import ConfigError
 from headrace.training.run.checkpoint import CHECKPOINT_FILE
 
 CONFIG_FILE = "config.json"
@@ -155,20 +156,16 @@ def built_method(record: Record, train: Store, *, trained: bool) -> Method:
     samples = record.train_samples or len(train)
     if "." in record.method and (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # where training found it
-    views = record.augmentation.flat_views
-    facts = Facts(
+    facts = facts_of(
+        record.augmentation,
         num_classes=len(train.classes) if record.classes is None else record.classes,
         train_samples=samples,
-        view_pixels=tuple(view.size for view in views),
         batch_size=record.batch_size,
         steps_per_epoch=record.epoch_steps or max(1, samples // record.batch_size),
         total_steps=record.total_steps,
         init=record.init,
-        mean=record.augmentation.mean,
-        std=record.augmentation.std,
-        masks=tuple(view.mask for view in views),
     )
-    objective = find_method(record.method).Objective(**record.objective)
+    objective = find_method(record.method).objective_class(**record.objective)
     return build_method(
         record.method,
         objective,

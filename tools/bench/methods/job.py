@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,10 +21,11 @@ from headrace.tools.bench.machine import machine
 from headrace.tools.bench.methods.process import Command, Job
 from headrace.tools.bench.methods.rows import PIXELS, Row
 from headrace.training.backbones import ENCODER_FILE
+from headrace.training.catalogue import MethodModule, find_method
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config
 from headrace.training.inputs import largest_side_pixels, open_train
-from headrace.training.preset import ConfigError, find_method
+from headrace.training.preset import ConfigError
 from headrace.training.run.checkpoint import METRICS_FILE
 from headrace.training.run.record import CONFIG_FILE, read_record, untrained_encoder
 
@@ -62,7 +62,7 @@ class Run:
     bench: Bench
     name: str
     seed: int
-    module: ModuleType = field(repr=False)
+    method: MethodModule = field(repr=False)
     config: Config = field(repr=False)
 
     @property
@@ -114,12 +114,12 @@ class Run:
 
     @property
     def judged_by(self) -> str:
-        return getattr(self.module, "JUDGED_BY", "knn")
+        return self.method.judged_by
 
     @property
     def teacher_option(self) -> str | None:
         """Where a method learns from a trained classifier and is given none."""
-        if getattr(self.module, "INIT_IS_TEACHER", False):
+        if self.method.init_is_teacher:
             return "--init" if self.config.init is None else None
         return (
             "--objective.teacher" if getattr(self.config.objective, "teacher", None) == "" else None

@@ -1,0 +1,113 @@
+"""Methods by name: where the file of each is, what it offers, and its presets by name."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+from headrace.training.method import Facts, MakeEncoder, Method
+from headrace.training.preset import ConfigError, Preset, nearest, require
+
+SMALL_PIXELS = 64  # the largest image of a data set that --preset auto calls CIFAR-sized
+
+Judgement = Literal["knn", "linear"]
+
+_REQUIRED = ("Objective", "PRESETS", "build")
+_OPTIONAL = ("BACKBONE_OPTIONS", "JUDGED_BY", "INIT_IS_TEACHER")
+
+
+@dataclass(frozen=True)
+class MethodModule:
+    """What a method's file offers, under the names of `method.py`, found and checked.
+
+    name: as --method has it. description: the file's docstring. objective_class: its Objective.
+    """
+
+    name: str
+    description: str
+    objective_class: type[Any]
+    presets: Mapping[str, Preset]
+    build: Callable[[Any, MakeEncoder, Facts], Method]
+    backbone_options: Mapping[str, Any]
+    judged_by: Judgement
+    init_is_teacher: bool
+
+
+def find_method(name: str) -> MethodModule:
+    """What training/methods/<name>.py offers, or any importable module by dotted name.
+
+    Raises ConfigError, listing what exists, for an unknown name, and for a module that is no
+    method.
+    """
+    module_name = name if "." in name else f"headrace.training.methods.{name}"
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise  # the method was found; something that it imports was not
+        if "." in name:
+            raise ConfigError(
+                f"--method {name}: there is no module {error.name!r} in the current directory or "
+                f"on the Python path"
+            ) from error
+        raise ConfigError(
+            f"--method {name} is unknown{nearest(name, method_names())}; there are "
+            f"{', '.join(method_names())} in training/methods, and any module by its dotted name"
+        ) from error
+    return _offered(name, module)
+
+
+def _offered(name: str, module: ModuleType) -> MethodModule:
+    """The parts of a method's file. Raises ConfigError where one is missing or misspelt."""
+    parts = vars(module)
+    where = f"--method {name}: {module.__file__}"
+    missing = [part for part in _REQUIRED if part not in parts]
+    require(not missing, f"{where} has no {' and no '.join(missing)}")
+    for part in parts:
+        if part.isupper() and part not in (*_REQUIRED, *_OPTIONAL):
+            # A file may have constants of its own; one that reads like a part is a slip.
+            meant = nearest(part, _OPTIONAL, cutoff=0.75)
+            require(not meant, f"{where} has {part}, which means nothing{meant}")
+    judged_by = parts.get("JUDGED_BY", "knn")
+    require(
+        judged_by in get_args(Judgement),
+        f"{where}: JUDGED_BY is {judged_by!r}; it must be {' or '.join(get_args(Judgement))}",
+    )
+    return MethodModule(
+        name=name,
+        description=(module.__doc__ or "").strip(),
+        objective_class=parts["Objective"],
+        presets=parts["PRESETS"],
+        build=parts["build"],
+        backbone_options=parts.get("BACKBONE_OPTIONS", {}),
+        judged_by=judged_by,
+        init_is_teacher=parts.get("INIT_IS_TEACHER", False),
+    )
+
+
+def method_names() -> list[str]:
+    """The methods that are files of training/methods."""
+    files = (Path(__file__).parent / "methods").glob("*.py")
+    return sorted(file.stem for file in files if file.stem != "__init__")
+
+
+def find_preset(
+    method: MethodModule, preset_name: str, largest_side_pixels: Callable[[], int]
+) -> tuple[str, Preset]:
+    """(name, preset) of a method. "auto" is "cifar" where no image is larger than 64 pixels, else
+    "imagenet". Raises ConfigError for a name that the method has not."""
+    if preset_name == "auto":
+        preset_name = "cifar" if largest_side_pixels() <= SMALL_PIXELS else "imagenet"
+        require(
+            preset_name in method.presets,
+            f"{method.name} has no preset {preset_name!r}, which --preset auto asks for with these "
+            f"images; choose among {', '.join(method.presets)}",
+        )
+    require(
+        preset_name in method.presets,
+        f"--preset {preset_name} is unknown{nearest(preset_name, method.presets)}; {method.name} "
+        f"has auto, {', '.join(method.presets)}",
+    )
+    return preset_name, method.presets[preset_name]
