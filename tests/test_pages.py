@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from headrace.tools.make_tables import PAGES
-from headrace.training.preset import method_names
+from headrace.training.catalogue import method_names
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = {
