@@ -20,6 +20,7 @@ from headrace.training.backbones import (
     resolve_options,
     with_classifier,
 )
+from headrace.training.catalogue import find_method
 from headrace.training.encoders.small_convnet import (
     LEAST_VARIANCE,
     SmallConvNet,
@@ -27,7 +28,6 @@ from headrace.training.encoders.small_convnet import (
     small_convnet,
 )
 from headrace.training.inputs import sample_images
-from headrace.training.preset import find_method
 from headrace.training.run.record import read_record, untrained_encoder
 from headrace.training.train import main as train_main
 from tests.test_evaluate import data  # noqa: F401  the fixture
@@ -213,7 +213,7 @@ def test_another_data_set_has_no_untrained_encoder(
 
 
 def test_the_demo_is_a_preset_as_others_are() -> None:
-    preset = find_method("simclr").PRESETS["demo"]
+    preset = find_method("simclr").presets["demo"]
     assert preset.backbone == "small_convnet"
     assert preset.backbone_options == {"whiten": True}
     assert {view.size for view in preset.augmentation.flat_views} == {24}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from headrace.training.catalogue import find_method
 from headrace.training.run import checkpoint
 from tests.tiny_methods import CLASSES, NAMES, module_of, small_preset, tiny_teacher
 
@@ -49,7 +50,7 @@ def small_options(name: str) -> list[str]:
             options += [f"--objective.{field.name.replace('_', '-')}", *map(str, values)]
     if preset.augmentation.group > 1:
         options += ["--augmentation.group", str(recipe.augmentation.group)]
-    if hasattr(module_of(name), "INIT_IS_TEACHER"):
+    if find_method(name).init_is_teacher:
         options += ["--init", str(tiny_teacher())]
     return options
 

@@ -19,6 +19,7 @@ from headrace.pipelines.engines import unsupported
 from headrace.pipelines.recipe import Augmentation
 from headrace.training.backbones import EncoderFactory, export, resolve_options
 from headrace.training.blocks.memory import Queue
+from headrace.training.catalogue import find_method
 from headrace.training.gradients import Pass, backward, gradient_of, has_batch_norm
 from headrace.training.method import MAIN_PHASE, Facts, Method, Progress
 from headrace.training.preset import Preset
@@ -281,7 +282,7 @@ def test_exported_encoder_is_a_plain_timm_model(name: str, encoder: str, tmp_pat
     path = tmp_path / "encoder.safetensors"
     export(method.exports()["encoder"], path)
     options: dict[str, Any] = {
-        **getattr(module_of(name), "BACKBONE_OPTIONS", {}),
+        **find_method(name).backbone_options,
         **ENCODERS[encoder],
     }
     if encoder == "test_vit":
@@ -358,7 +359,7 @@ def test_presets_build_as_published(name: str, preset: str) -> None:
     masks = tuple(view.mask for view in recipe.augmentation.flat_views)
     facts = Facts(1000, 10**6, pixels, recipe.batch_size, 100, 1000, masks=masks)
     objective = recipe.objective
-    if hasattr(module_of(name), "INIT_IS_TEACHER"):
+    if find_method(name).init_is_teacher:
         facts = replace(facts, init=tiny_teacher())
     if getattr(objective, "teacher", None) == "":
         objective = replace(objective, teacher="one that the user names")

@@ -31,6 +31,7 @@ from headrace.pipelines.engines.device_stage import device_stage
 from headrace.pipelines.recipe import Augmentation
 from headrace.training import methods
 from headrace.training.backbones import EncoderFactory, export, resolve_options
+from headrace.training.catalogue import find_method
 from headrace.training.method import Facts, Method, Progress
 from headrace.training.preset import ConfigError, Preset
 from headrace.training.step import optimiser_step
@@ -145,7 +146,7 @@ def build(name: str, encoder: str, *, seed: int = 0, **changes: object) -> Metho
         batch_size=BATCH,
         steps_per_epoch=EPOCH_STEPS,
         total_steps=20,
-        init=tiny_teacher() if hasattr(module_of(name), "INIT_IS_TEACHER") else None,
+        init=tiny_teacher() if find_method(name).init_is_teacher else None,
         mean=recipe.augmentation.mean,
         std=recipe.augmentation.std,
         masks=tuple(view.mask for view in recipe.augmentation.flat_views),
