@@ -21,7 +21,7 @@ import torch
 
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import usable_cores
-from headrace.tools.bench.proc import processor
+from headrace.tools.bench.machine import processor
 from headrace.training.methods.simclr import PRESETS
 from headrace.training.preset import ConfigError
 from headrace.training.run.checkpoint import versions
