@@ -6,8 +6,6 @@ python -m headrace.tools.bench.quickstart result RUN --pixels F.json --json ROW.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -21,7 +19,7 @@ import torch
 
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import usable_cores
-from headrace.tools.bench.machine import processor
+from headrace.tools.bench.machine import machine
 from headrace.training.methods.simclr import PRESETS
 from headrace.training.preset import ConfigError
 from headrace.training.run.checkpoint import versions
@@ -151,12 +149,7 @@ def result(run: Path, pixels: Path) -> dict[str, Any]:
         "images_per_second": statistics.median(line["images_per_second"] for line in logged),
         "judge_seconds": {name: sum(one["seconds"].values()) for name, one in judged.items()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "processor": processor(),
-            "cores": usable_cores(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "system": platform.platform(),
-        },
+        "machine": machine(),
         "versions": versions(record.engine),
     }
 
