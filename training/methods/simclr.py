@@ -162,6 +162,7 @@ PRESETS = {
         epochs=5.5,
         objective=Objective(temperature=0.2),
         notes="What convinces in minutes on two CPU cores (tools/quickstart.sh): a small network "
-        "behind a whitening layer, views of 24 pixels, judged on whole pictures of 32.",
+        "behind a whitening layer, views of 24 pixels, judged on whole pictures of 32. kNN on "
+        "CIFAR-10 63.0 after 500 CPU seconds; untrained 40.5, raw pixels 45.5.",
     ),
 }
