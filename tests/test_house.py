@@ -76,17 +76,25 @@ def test_no_file_has_a_name_that_says_nothing() -> None:
 
 
 def test_errors_have_one_base() -> None:
-    """So that a script ends with the sentence of each, and no list of them is kept anywhere."""
+    """So that a script ends with the sentence of each, and no list of them is kept anywhere.
+
+    What a benchmark's row ends with stands in its table, and ends no script.
+    """
     bases = {
         (path.as_posix(), node.name): [ast.unparse(base) for base in node.bases]
         for path in PYTHON
-        if path.parts[0] in ("shards", "pipelines", "training")
+        if path.parts[0] != "tests"
         for node in ast.walk(ast.parse((ROOT / path).read_text()))
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     }
     builtin = {"Exception", "OSError", "RuntimeError", "TypeError", "ValueError"}
-    own = [name for name, names in bases.items() if builtin.intersection(names)]
-    assert own == [("shards/errors.py", "UserError")]
+    assert {name for name, names in bases.items() if builtin.intersection(names)} == {
+        ("shards/errors.py", "UserError"),
+        ("tools/bench/methods/job.py", "JobError"),
+        ("tools/bench/pipeline/row_process.py", "RowError"),
+        ("tools/bench/pipeline/task.py", "CannotExpress"),
+        ("tools/bench/pipeline/worker.py", "WrongBatch"),
+    }
 
 
 def test_the_top_level_is_fixed() -> None:

@@ -26,7 +26,7 @@ import numpy as np
 
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import usable_cores
-from headrace.shards.index import ShardError
+from headrace.shards.errors import UserError
 from headrace.shards.store import dataset_splits
 from headrace.tools.arguments import positive, several, whole
 from headrace.tools.bench.methods.job import (
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(plain(table(rows)))
             return 0
         return _measure_all(options, tuple(added))
-    except (ConfigError, ShardError, RowsError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

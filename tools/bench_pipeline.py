@@ -21,10 +21,10 @@ from typing import Any, NoReturn
 
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import usable_cores
-from headrace.shards.index import ShardError
+from headrace.shards.errors import UserError
 from headrace.shards.store import dataset_splits, open_store
 from headrace.tools.arguments import decimal, png, positive, several, some_of
-from headrace.tools.bench.pipeline.data import DataError, describe, make_forms, whole_batches
+from headrace.tools.bench.pipeline.data import describe, make_forms, whole_batches
 from headrace.tools.bench.pipeline.measure import Rounds, measure
 from headrace.tools.bench.pipeline.plot import draw
 from headrace.tools.bench.pipeline.report import table, verdicts
@@ -71,7 +71,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-class BenchError(Exception):
+class BenchError(UserError):
     """What was asked for cannot be done: which option, and why."""
 
 
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         return _bench(options)
-    except (ShardError, DataError, BenchError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json is not None:
             with atomic_file(options.json) as file:
                 file.write((json.dumps(result) + "\n").encode())
-    except (BenchError, UserError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -33,8 +33,9 @@ from headrace.pipelines.draw import draw
 from headrace.pipelines.engines import EngineName, Work
 from headrace.pipelines.engines.device_stage import device_stage
 from headrace.pipelines.engines.reference import decode
-from headrace.pipelines.ops import RecipeError, resized_shape
+from headrace.pipelines.ops import resized_shape
 from headrace.pipelines.recipe import Augmentation
+from headrace.shards.errors import UserError
 from headrace.shards.index import ShardError
 from headrace.shards.store import Store
 from headrace.tools.arguments import some_of, whole
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             *recipe_cases(options.recipe, options.samples),
         ]
         lines = list(_measured(cases, store, options))
-    except (ShardError, RecipeError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.json is not None:

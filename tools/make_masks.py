@@ -32,6 +32,7 @@ from headrace.shards.atomic import atomic_file
 from headrace.shards.component import component_directory
 from headrace.shards.component_writer import ComponentWriter, begin_component
 from headrace.shards.cores import usable_cores
+from headrace.shards.errors import UserError
 from headrace.shards.index import ShardError, read_index
 from headrace.shards.manifest import Manifest
 from headrace.shards.parts import Note
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with ThreadPoolExecutor(options.threads) as pool:
             return _run(options, pool)
-    except ShardError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -10,7 +10,7 @@ from typing import NoReturn, get_args
 from headrace.shards.convert import REPORT_FILE, Conversion, ConvertOptions, convert
 from headrace.shards.cores import usable_cores
 from headrace.shards.encode import EncodeOptions
-from headrace.shards.index import ShardError
+from headrace.shards.errors import UserError
 from headrace.shards.manifest import Format
 from headrace.shards.sources import SourceSplit, estimate_bytes, list_source
 from headrace.shards.workers import open_executor
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
                     progress=True,
                 )
                 _report(result, time.monotonic() - started)
-    except ShardError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ from headrace.pipelines import recipes
 from headrace.pipelines.engines import finishes
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.atomic import atomic_file
+from headrace.shards.errors import UserError
 from headrace.tools.bench.methods.rows import is_pixels, table, verdicts
 from headrace.tools.result_tables import Line, agreement_table, markdown, number
 
@@ -43,7 +44,7 @@ PEERS = {
 """Other libraries by their name in the lines, and what a table calls them."""
 
 
-class TableError(ValueError):
+class TableError(UserError):
     """A file or a page that no table can be made of: which and why."""
 
 
@@ -400,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         old = {page: page.read_text(encoding="utf-8") for page in options.page or PAGES}
         new = {page: rewritten(text, files) for page, text in old.items()}
-    except (TableError, OSError, UnicodeDecodeError) as error:
+    except (UserError, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     differ = [page for page in new if new[page] != old[page]]

@@ -24,6 +24,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from headrace.shards.atomic import atomic_file
+from headrace.shards.errors import UserError
 from headrace.training.preset import ConfigError
 from headrace.training.run.record import Record, read_record
 
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(out) as file:
             file.write(encoded.getvalue())
-    except ConfigError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

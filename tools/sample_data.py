@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from headrace.shards.atomic import atomic_file
+from headrace.shards.errors import UserError
 from headrace.shards.index import hash_file
 from headrace.shards.progress import progress_bar
 
@@ -85,7 +86,7 @@ VAL_EVERY = 11
 ATTEMPTS_PER_CROP = 4
 
 
-class SampleDataError(Exception):
+class SampleDataError(UserError):
     """Nothing could be fetched; says what was tried and what to do."""
 
 
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_cifar10(options.out, options.cache)
         else:
             write_photos(options.out, options.cache, options.count, options.seed)
-    except (SampleDataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

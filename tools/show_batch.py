@@ -22,13 +22,12 @@ from PIL import Image, ImageDraw
 from headrace.pipelines import recipes
 from headrace.pipelines.approximation import APPROXIMATIONS, Approximation
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.engines import Unsupported
 from headrace.pipelines.engines.reference import decode
 from headrace.pipelines.loader import LoaderError, open_loader
 from headrace.pipelines.masks import BlockMask, Mask, MultiBlockMask, RandomMask
-from headrace.pipelines.ops import RecipeError
 from headrace.pipelines.recipe import Augmentation, View
 from headrace.shards.atomic import atomic_file
+from headrace.shards.errors import UserError
 from headrace.shards.index import ShardError
 from headrace.shards.store import Store
 from headrace.tools.arguments import png, positive, some_of
@@ -45,7 +44,6 @@ from headrace.tools.view_pictures import (
 )
 from headrace.training.catalogue import find_method, find_preset
 from headrace.training.inputs import largest_side_pixels, open_train
-from headrace.training.preset import ConfigError
 from headrace.training.run.record import read_record
 
 ERASED_OUTLINE, PASTED_OUTLINE = (255, 255, 0), (255, 0, 255)
@@ -80,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(options.out) as file:
             sheet.save(file, format="PNG")
-    except (ShardError, LoaderError, Unsupported, RecipeError, ConfigError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

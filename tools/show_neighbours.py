@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from headrace.pipelines.engines import Unsupported, choose
+from headrace.pipelines.engines import choose
 from headrace.pipelines.engines.reference import decode
-from headrace.pipelines.loader import LoaderError
 from headrace.shards.atomic import atomic_file
-from headrace.shards.index import ShardError
+from headrace.shards.errors import UserError
 from headrace.shards.store import Store, dataset_splits
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
 from headrace.tools.view_pictures import class_name
@@ -69,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(options.out) as file:
             sheet.save(file, format="PNG")
-    except (ShardError, LoaderError, Unsupported, ConfigError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -23,11 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.engines import Unsupported
-from headrace.pipelines.loader import LoaderError, open_loader
+from headrace.pipelines.loader import open_loader
 from headrace.pipelines.masks import BlockMask, RandomMask
 from headrace.shards.atomic import atomic_file
-from headrace.shards.index import ShardError
+from headrace.shards.errors import UserError
 from headrace.shards.store import Store
 from headrace.tools.arguments import png, positive
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
@@ -44,7 +43,6 @@ from headrace.tools.view_pictures import (
 from headrace.training.inputs import open_train, open_val
 from headrace.training.preset import ConfigError
 from headrace.training.run import checkpoint
-from headrace.training.run.checkpoint import CheckpointError
 from headrace.training.run.record import Record, built_method, read_record
 
 
@@ -68,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(options.out) as file:
             sheet.save(file, format="PNG")
-    except (ConfigError, CheckpointError, ShardError, LoaderError, Unsupported) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from headrace.shards.index import ShardError
+from headrace.shards.errors import UserError
 from headrace.shards.verify import verify, written_directories
 from headrace.tools.arguments import positive
 
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{directory}: OK, {manifest.samples:,} samples in {len(manifest.shards)} shard(s),"
                 f" {len(manifest.classes)} classes, {how}"
             )
-    except ShardError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

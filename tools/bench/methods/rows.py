@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from headrace.shards.errors import UserError
+
 Row = Mapping[str, Any]
 PIXELS = "raw pixels"
 PROTOCOLS = ("knn", "linear")
@@ -17,7 +19,7 @@ LEAST_GAIN_POINTS = 1.0
 LEAST_GAIN_DEVIATIONS = 2.0
 
 
-class RowsError(ValueError):
+class RowsError(UserError):
     """A file that holds no rows of `bench_methods.py`: which, and why."""
 
 

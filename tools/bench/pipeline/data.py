@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from headrace.shards.dataset import BETON_FILE, tar_file, write_dataset
+from headrace.shards.errors import UserError
 from headrace.shards.index import Record
 from headrace.shards.store import Store
 from headrace.tools.bench.pipeline.task import DALI_READER
@@ -25,7 +26,7 @@ NEEDS_TARS = {"webdataset", DALI_READER}
 NEEDS_BETON = {"ffcv"}
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """These images cannot be benchmarked: what is wrong with them."""
 
 

@@ -17,6 +17,7 @@ import torch
 
 from headrace import training
 from headrace.shards.cores import usable_cores
+from headrace.shards.errors import UserError
 from headrace.shards.lifetime import end_with_parent
 from headrace.training.config import Config
 from headrace.training.run.checkpoint import METRICS_FILE
@@ -26,7 +27,7 @@ POLL_SECONDS = 0.3
 BUSY = 0.85  # share of the cores' time from which on they leave none over
 
 
-class BenchError(ValueError):
+class BenchError(UserError):
     """A measurement that cannot be made: what went wrong, and what to do."""
 
 
