@@ -16,10 +16,9 @@ from headrace.shards.store import open_store
 from headrace.training.backbones import (
     EncoderFactory,
     FitsImages,
-    export,
     resolve_options,
-    with_classifier,
 )
+from headrace.training.build import untrained_encoder
 from headrace.training.catalogue import find_method
 from headrace.training.encoders.small_convnet import (
     LEAST_VARIANCE,
@@ -28,7 +27,8 @@ from headrace.training.encoders.small_convnet import (
     small_convnet,
 )
 from headrace.training.inputs import sample_images
-from headrace.training.run.record import read_record, untrained_encoder
+from headrace.training.run.export import export, with_classifier
+from headrace.training.run.record import read_record
 from headrace.training.train import main as train_main
 from tests.test_evaluate import data  # noqa: F401  the fixture
 

@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from headrace.pipelines.declaration import augmentation_from
 from headrace.pipelines.recipes import center, deit, dino
 from headrace.shards.store import Store, open_store
-from headrace.training.backbones import EncoderFactory, export, read_initial, resolve_options
+from headrace.training.backbones import EncoderFactory, resolve_options
+from headrace.training.build import trained_encoder, untrained_encoder
 from headrace.training.catalogue import find_method, method_names
 from headrace.training.config import Config, Data, Run
 from headrace.training.features import FeaturePass, extract
 from headrace.training.preset import ConfigError
 from headrace.training.protocols.knn import knn_predict
-from headrace.training.run.record import read_record, trained_encoder, untrained_encoder
+from headrace.training.run.export import export, read_initial
+from headrace.training.run.record import read_metrics, read_record
 from headrace.training.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -571,7 +573,7 @@ def plot_run() -> dict[str, Any]:
 
 def test_plot_shows_what_was_measured(plot_run: dict[str, Any], run: Path, tmp_path: Path) -> None:
     """Values in the panels; not finite values are gaps; files of kNN are found by their name."""
-    metrics = plot_run["read_metrics"](run / "metrics.jsonl")
+    metrics = read_metrics(run)
     metrics[-1]["holdout_top1"] = 0.5
     judge = plot_run["Judgement"]
     judgements = [judge(0, {10: 30.0, 20: 31.0}), judge(30, {10: 40.0, 20: 42.0})]

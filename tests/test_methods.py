@@ -17,12 +17,13 @@ from headrace.pipelines.approximation import APPROXIMATIONS
 from headrace.pipelines.batch import Batch
 from headrace.pipelines.engines import unsupported
 from headrace.pipelines.recipe import Augmentation
-from headrace.training.backbones import EncoderFactory, export, resolve_options
+from headrace.training.backbones import EncoderFactory, resolve_options
 from headrace.training.blocks.memory import Queue
 from headrace.training.catalogue import find_method
 from headrace.training.gradients import Pass, backward, gradient_of, has_batch_norm
 from headrace.training.method import MAIN_PHASE, Facts, Method, Progress
 from headrace.training.preset import Preset
+from headrace.training.run.export import export
 from tests.precision import in_float64
 from tests.tiny_methods import (
     CASES,

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from headrace.shards.store import open_store
-from headrace.training.run.record import read_record, trained_encoder
+from headrace.training.build import trained_encoder
+from headrace.training.run.record import read_record
 from tests.test_evaluate import data, run  # noqa: F401  the fixtures
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,12 +21,14 @@ from torch import nn
 
 from headrace import training
 from headrace.pipelines.batch import Batch
-from headrace.training.backbones import EncoderFactory, read_initial, resolve_options
+from headrace.training.backbones import EncoderFactory, resolve_options
 from headrace.training.collectives import from_main
 from headrace.training.guard import Guard, Signals
 from headrace.training.meters import Meters
 from headrace.training.preset import ConfigError
 from headrace.training.run import checkpoint
+from headrace.training.run.directory import CheckpointError, cut_back_metrics, locked
+from headrace.training.run.export import read_initial
 from headrace.training.world import World
 
 TRAIN = Path(training.__file__).parent / "train.py"
@@ -279,7 +281,7 @@ def test_a_finished_run_says_so(whole: Path, run: Run, capsys: pytest.CaptureFix
 def test_another_configuration_is_refused(
     whole: Path, run: Run, options: str, difference: str
 ) -> None:
-    with pytest.raises(checkpoint.CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         run(whole, f"{OPTIONS} --data.holdout 0.2 {options}")
     assert difference in str(caught.value)
     assert "choose another --run.out" in str(caught.value)
@@ -397,7 +399,7 @@ def test_the_seed_fixes_the_weights_and_another_one_changes_them(run: Run, tmp_p
 
 def test_a_directory_has_one_writer(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with checkpoint.locked(out), pytest.raises(checkpoint.CheckpointError) as caught:
+    with locked(out), pytest.raises(CheckpointError) as caught:
         run(out, "--run.steps 1")
     assert f"being written by process {os.getpid()}" in str(caught.value)
     assert run(out, "--run.steps 1") == 0
@@ -406,7 +408,7 @@ def test_a_directory_has_one_writer(run: Run, tmp_path: Path) -> None:
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     leftover = tmp_path / ".checkpoint.pt.123-abc.partial"
     leftover.write_bytes(b"half")
-    with checkpoint.locked(tmp_path):
+    with locked(tmp_path):
         assert not leftover.exists()
         with (tmp_path / "lock").open() as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -415,13 +417,13 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut off"])
 def test_a_broken_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(content)
-    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint\.pt cannot be read"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt cannot be read"):
         checkpoint.load(tmp_path, torch.device("cpu"))
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     torch.save({"format": -1}, tmp_path / "checkpoint.pt")
-    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint of format"):
+    with pytest.raises(CheckpointError, match="no checkpoint of format"):
         checkpoint.load(tmp_path, torch.device("cpu"))
 
 
@@ -431,7 +433,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"format": checkpoint.FORMAT, "x": Evil()}, tmp_path / "checkpoint.pt")
-    with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         checkpoint.load(tmp_path, torch.device("cpu"))
     assert not (tmp_path / "ran").exists()
 
@@ -439,7 +441,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1}\n{"step": 2}\nnoise\n{"step": 3}\n{"st')
-    checkpoint.cut_back_metrics(tmp_path, 2)
+    cut_back_metrics(tmp_path, 2)
     assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
@@ -614,7 +616,7 @@ def test_kill_9_of_torchrun_ends_the_workers_and_the_run_can_go_on(
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text()
         workers = [int(child) for child in children.split()]
         assert len(workers) == 2
-        with pytest.raises(checkpoint.CheckpointError, match="is being written by process") as told:
+        with pytest.raises(CheckpointError, match="is being written by process") as told:
             run(out, slow)
         assert any(str(worker) in str(told.value) for worker in workers)
         launcher.kill()

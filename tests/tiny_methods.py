@@ -30,10 +30,11 @@ from headrace.pipelines.engines import Work
 from headrace.pipelines.engines.device_stage import device_stage
 from headrace.pipelines.recipe import Augmentation
 from headrace.training import methods
-from headrace.training.backbones import EncoderFactory, export, resolve_options
+from headrace.training.backbones import EncoderFactory, resolve_options
 from headrace.training.catalogue import find_method
 from headrace.training.method import Facts, Method, Progress
 from headrace.training.preset import ConfigError, Preset
+from headrace.training.run.export import export
 from headrace.training.step import optimiser_step
 from headrace.training.world import World
 

@@ -60,7 +60,7 @@ from headrace.training.inputs import (
     read_subset,
     with_paths,
 )
-from headrace.training.run.checkpoint import versions
+from headrace.training.run.directory import versions
 from headrace.training.world import World
 
 START_SECONDS = 15.0  # of a run until it is measured; a guess, corrected as time passes

@@ -26,7 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from headrace.shards.atomic import atomic_file
 from headrace.shards.errors import UserError
 from headrace.training.preset import ConfigError
-from headrace.training.run.record import Record, read_record
+from headrace.training.run.record import Record, read_metrics, read_record
 
 BLUE, GREEN, ORANGE, RED = "#2166ac", "#1b7837", "#d6730c", "#b2182b"
 SMOOTHED_FROM = 60  # logged steps; with fewer the line itself is readable
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out: Path = options.out or options.run / "curves.png"
     try:
         record = read_record(options.run)
-        metrics = read_metrics(options.run / "metrics.jsonl")
+        metrics = read_metrics(options.run)
         last_step = int(metrics[-1]["step"])
         files = sorted(options.run.glob("knn*.json")) if options.knn is None else options.knn
         judgements = sorted(
@@ -77,27 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(f"{out}: {len(metrics)} logged steps, {len(judgements)} kNN results")
     return 0
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines that have a step, in order; a last line that is only half written is left out."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    records: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ConfigError(f"{path}, line {number} is no JSON: {error}") from error
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
-    if not records:
-        raise ConfigError(f"{path} has no logged step yet")
-    return records
 
 
 def read_judgement(path: Path, last_step: int) -> Judgement:

@@ -28,11 +28,12 @@ from headrace.shards.errors import UserError
 from headrace.shards.store import Store, dataset_splits
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
 from headrace.tools.view_pictures import class_name
+from headrace.training.build import trained_encoder, untrained_encoder
 from headrace.training.features import FeaturePass, Features
 from headrace.training.inputs import open_train, open_val
 from headrace.training.preset import ConfigError
 from headrace.training.protocols.knn import Neighbours, nearest, normalise
-from headrace.training.run.record import Record, read_record, trained_encoder, untrained_encoder
+from headrace.training.run.record import Record, read_record
 from headrace.training.world import World
 
 PICTURE_PIXELS = 96

@@ -40,10 +40,11 @@ from headrace.tools.view_pictures import (
     over_pixels,
     picture_of,
 )
+from headrace.training.build import built_method
 from headrace.training.inputs import open_train, open_val
 from headrace.training.preset import ConfigError
 from headrace.training.run import checkpoint
-from headrace.training.run.record import Record, built_method, read_record
+from headrace.training.run.record import Record, read_record
 
 
 @runtime_checkable

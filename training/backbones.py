@@ -1,23 +1,17 @@
-"""Backbones: timm models by name, made as a run needs them, and written as timm reads them."""
+"""Backbones: timm models by name, made as a run needs them."""
 
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from headrace.shards.atomic import atomic_file
 from headrace.training import encoders  # noqa: F401  (registers them with timm)
 from headrace.training.preset import ConfigError
-
-ENCODER_FILE = "encoder.safetensors"
 
 
 def resolve_options(
@@ -144,43 +138,3 @@ def _load(encoder: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
             f"{'; '.join(found)} ({len(missing) + len(unknown) + len(reshaped)} differences)"
         )
     encoder.load_state_dict(dict(weights))
-
-
-def read_initial(run: Path) -> dict[str, Tensor]:
-    """The encoder's weights out of a run's directory (or of one .safetensors file)."""
-    path = run / ENCODER_FILE if run.is_dir() else run
-    if not path.is_file():
-        raise ConfigError(f"--init {run} holds no {ENCODER_FILE}")
-    try:
-        return safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise ConfigError(f"{path} is no safetensors file: {error}") from error
-
-
-def export(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write a timm model's state dict, atomically, so that timm reads it:
-
-        timm.create_model(NAME, num_classes=0, checkpoint_path="RUN/encoder.safetensors",
-                          **backbone_options)
-
-    with the `backbone_options` that RUN/config.json records.
-    """
-    kept = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-    with atomic_file(path) as file:
-        file.write(safetensors.torch.save(kept, metadata={"format": "pt"}))
-
-
-def with_classifier(encoder: nn.Module, *classifiers: nn.Linear) -> dict[str, Tensor]:
-    """The state dict of the same timm model with `classifiers` as its last layers.
-
-    {} where the encoder does not say what it calls them.
-    """
-    config = getattr(encoder, "pretrained_cfg", None) or {}
-    names = config.get("classifier") or ()
-    names = (names,) if isinstance(names, str) else tuple(names)
-    if len(names) != len(classifiers):
-        return {}
-    state = dict(encoder.state_dict())
-    for name, classifier in zip(names, classifiers, strict=True):
-        state |= {f"{name}.{key}": value for key, value in classifier.state_dict().items()}
-    return state

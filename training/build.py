@@ -1,16 +1,24 @@
 """From names and numbers to a method with its weights: to train it, or to judge its encoder."""
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headrace.pipelines.recipe import Augmentation
-from headrace.training.backbones import EncoderFactory, read_initial
+from headrace.shards.store import Store
+from headrace.training.backbones import EncoderFactory
 from headrace.training.catalogue import find_method
+from headrace.training.inputs import read_subset, sample_images
 from headrace.training.method import Facts, Method
+from headrace.training.preset import ConfigError
+from headrace.training.run.directory import CONFIG_FILE, ENCODER_FILE
+from headrace.training.run.export import read_initial
+from headrace.training.run.record import Record
 
 
 def facts_of(
@@ -72,3 +80,79 @@ def build_method(
         images=None if resumed else images,
     )
     return method.build(objective, make_encoder, facts)
+
+
+def untrained_encoder(record: Record, train: Store) -> nn.Module:
+    """The encoder as the run began with it: built in the same way from the same seed."""
+    return built_method(record, train, trained=False).encoder
+
+
+def trained_encoder(record: Record, train: Store) -> nn.Module:
+    """The encoder that the run's last checkpoint left.
+
+    The method builds it, because what it judges need not be one timm model: two networks on
+    different channels, a fixed filter in front of one. Raises ConfigError where there is none, and
+    where the weights are not those of this encoder.
+    """
+    path = record.directory / ENCODER_FILE
+    if not path.is_file():
+        raise ConfigError(
+            f"{record.directory} holds no {ENCODER_FILE}: the run writes it with its first "
+            f"checkpoint; --untrained judges the weights that it begins with"
+        )
+    weights = read_initial(path)
+    encoder = built_method(record, train, trained=True).encoder
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        difference = shorten(str(error).partition("\n")[2], 200, placeholder=" ...")
+        raise ConfigError(
+            f"{path} does not hold the weights of the encoder that {record.method} builds for "
+            f"{record.directory / CONFIG_FILE}: {difference}"
+        ) from error
+    return encoder
+
+
+def built_method(record: Record, train: Store, *, trained: bool) -> Method:
+    """The method as the run built it, whose weights are the seed's.
+
+    Heads and banks take the memory that they take in training, also where the encoder alone is
+    wanted: buffers that no checkpoint holds have their values from being built, so nothing can be
+    left out safely. train: its numbers stand in for what an older record does not tell of the
+    run's own, and its images for those that an encoder is fitted to. trained: a checkpoint's
+    weights will replace these.
+    """
+    samples = record.train_samples or len(train)
+    if "." in record.method and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # where training found it
+    facts = facts_of(
+        record.augmentation,
+        num_classes=len(train.classes) if record.classes is None else record.classes,
+        train_samples=samples,
+        batch_size=record.batch_size,
+        steps_per_epoch=record.epoch_steps or max(1, samples // record.batch_size),
+        total_steps=record.total_steps,
+        init=record.init,
+    )
+    objective = find_method(record.method).objective_class(**record.objective)
+    return build_method(
+        record.method,
+        objective,
+        record.backbone,
+        record.backbone_options,
+        facts,
+        record.seed,
+        resumed=trained,
+        images=lambda: _sample_images(record, train),
+    )
+
+
+def _sample_images(record: Record, train: Store) -> Tensor:
+    """Those that the run's encoder was fitted to. Raises ConfigError if `train` is another set."""
+    if record.train_fingerprint not in (None, train.fingerprint):
+        raise ConfigError(
+            f"the first layer of {record.backbone} was made from images of {record.train}, and "
+            f"{train.uri} is another data set: name that one with --data.train"
+        )
+    subset = read_subset(record.subset, train)
+    return sample_images(train, record.test, record.seed, subset=subset, holdout=record.holdout)

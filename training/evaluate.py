@@ -27,6 +27,7 @@ from headrace.pipelines.engines import choose
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import threads_per_rank, usable_cores
 from headrace.shards.store import Store, dataset_splits, find_dataset
+from headrace.training.build import trained_encoder, untrained_encoder
 from headrace.training.config import parse_approximations
 from headrace.training.ending import run_and_exit
 from headrace.training.features import Features, extract
@@ -41,8 +42,8 @@ from headrace.training.protocols.knn import (
     knn_accuracy,
 )
 from headrace.training.protocols.linear import LinearError, LinearResult, Sweep, linear_accuracy
-from headrace.training.run.checkpoint import versions
-from headrace.training.run.record import Record, read_record, trained_encoder, untrained_encoder
+from headrace.training.run.directory import versions
+from headrace.training.run.record import Record, read_record
 from headrace.training.world import World, join
 
 

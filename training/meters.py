@@ -1,26 +1,17 @@
 """What a run reports: means over the logged interval, its speed, and how long it waited for data.
 
-`Meters` measures on every rank and asks the device for nothing until `take`. `Journal` shows and
-stores, on rank 0: JSON lines, TensorBoard, a bar on a terminal or plain lines elsewhere.
+`Meters` measures on every rank and asks the device for nothing until `take`.
 """
 
-import json
-import math
-import os
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from headrace.pipelines.batch import Batch
-from headrace.shards.progress import on_terminal, progress_bar
 from headrace.training.collectives import mean_over_ranks
 from headrace.training.world import World
 
@@ -131,79 +122,3 @@ class Meters:
         """The interval so far, to continue it exactly. Synchronises; call it on every rank."""
         sums = self._settle()
         return {"sums": sums, "counts": dict(self._counts), "seconds": self.seconds}
-
-
-class Journal:
-    """Rank 0's reports of one run: a context manager. On other ranks every call does nothing."""
-
-    def __init__(self, directory: Path, world: World, *, start: int, total_steps: int) -> None:
-        self._start, self._total_steps = start, total_steps
-        self._began = time.perf_counter()
-        self._writes = world.is_main
-        self._bar: tqdm[Any] | None = None
-        if not self._writes:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._lines = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(directory / "tensorboard", purge_step=start + 1)
-        if on_terminal(sys.stderr):
-            self._bar = progress_bar(None, total_steps, done=start, unit="steps")
-
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._writes:
-            if self._bar is not None:
-                self._bar.close()
-            self._board.close()
-            self._lines.close()
-
-    def say(self, text: str) -> None:
-        """A line for people."""
-        if self._writes:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-    def advance(self) -> None:
-        """One more step is done."""
-        if self._bar is not None:
-            self._bar.update()
-
-    def record(self, training: Mapping[str, float], evaluated: Mapping[str, float]) -> None:
-        """A line of metrics.jsonl: "step", "epoch", "loss" and the rest, and what was evaluated."""
-        if not self._writes:
-            return
-        values = {**training, **evaluated}
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._lines.write(json.dumps(finite) + "\n")
-        self._lines.flush()
-        for name, value in values.items():
-            if name not in ("step", "seconds"):
-                self._board.add_scalar(name, value, int(values["step"]))
-        speed, waited = values["images_per_second"], values["wait_share"]
-        if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"loss {values['loss']:.4f}, {speed:.0f} images/s, waiting {waited:.0%}"
-            )
-        else:
-            self.say(
-                f"step {values['step']}/{self._total_steps}  epoch {values['epoch']:.2f}  "
-                f"loss {values['loss']:.4f}  {speed:.1f} images/s  waiting {waited:.1%}  "
-                f"{self._left(int(values['step']))} left"
-            )
-
-        if evaluated:
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in evaluated.items())
-            self.say(f"step {values['step']}: {shown}")
-
-    def _left(self, step: int) -> str:
-        per_step = (time.perf_counter() - self._began) / max(1, step - self._start)
-        return str(timedelta(seconds=round(per_step * (self._total_steps - step))))
-
-    def flush(self) -> None:
-        """Make the lines durable: before a checkpoint that comes after them."""
-        if self._writes:
-            os.fsync(self._lines.fileno())
-            self._board.flush()

@@ -34,10 +34,12 @@ from headrace.training.inputs import (
     sample_images,
     with_paths,
 )
-from headrace.training.meters import Journal, Meters
+from headrace.training.meters import Meters
 from headrace.training.method import Method, Progress
 from headrace.training.parallel import model_for
 from headrace.training.run import checkpoint
+from headrace.training.run.directory import begin, locked
+from headrace.training.run.journal import open_journal
 from headrace.training.step import early_parameters, optimiser_step
 from headrace.training.validation import evaluates, validate
 from headrace.training.world import World, join, seed_layers
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     with (
         join(config.run.device) as world,
         catch_signals() as signals,
-        checkpoint.locked(out),
+        locked(out),
     ):
         return train(config, open_train(config.data.train), out, world, signals)
 
@@ -126,7 +128,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
         derived = {"steps": steps, "learning_rate": schedule.peak, "world_size": world.size}
         derived |= {"engine": loader.engine_name, "precision": context.precision}
         derived |= {"classes": len(store.classes), "epoch_steps": epoch_steps}
-        checkpoint.begin(out, start, config.declaration(), derived, fingerprint)
+        begin(out, start, config.declaration(), derived, fingerprint)
 
     def state(step: int) -> dict[str, Any]:
         return {
@@ -140,7 +142,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
         }
 
     # ------------------------------------------------------------------------------------- Loop
-    with loader, Journal(out, world, start=start, total_steps=steps) as journal:
+    with loader, open_journal(out, world, start=start, total_steps=steps) as journal:
         journal.say(
             f"{config.method}, preset {config.preset}, {config.backbone}: {out}\n"
             f"{store.uri}: {len(store)} images, {epoch_steps} steps of {data.batch_size} in an "

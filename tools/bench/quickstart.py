@@ -22,8 +22,8 @@ from headrace.shards.cores import usable_cores
 from headrace.tools.bench.machine import machine
 from headrace.training.methods.simclr import PRESETS
 from headrace.training.preset import ConfigError
-from headrace.training.run.checkpoint import versions
-from headrace.training.run.record import read_record
+from headrace.training.run.directory import versions
+from headrace.training.run.record import read_metrics, read_record
 
 NEIGHBOURS = "20"
 BEGUN = "begun"
@@ -133,15 +133,15 @@ def result(run: Path, pixels: Path) -> dict[str, Any]:
     record = read_record(run)
     files = {"pixels": pixels, "untrained": run / "knn-untrained.json", "trained": run / "knn.json"}
     judged = {name: json.loads(path.read_text()) for name, path in files.items()}
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = read_metrics(run)
     cpu_seconds, seconds = train_seconds(run / "training-seconds")
-    derived = json.loads((run / "config.json").read_text())["derived"]
+    assert record.epoch_steps is not None, "written by this version"
     return {
         "seed": record.seed,
         "method": record.method,
         "preset": record.preset,
         "backbone": record.backbone,
-        "epochs": record.total_steps / derived["epoch_steps"],
+        "epochs": record.total_steps / record.epoch_steps,
         "samples": record.total_steps * record.batch_size,
         "knn": {name: one["results"][NEIGHBOURS]["top1"] for name, one in judged.items()},
         "train_cpu_seconds": cpu_seconds,

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from headrace.pipelines.batch import Batch
-from headrace.training.backbones import with_classifier
 from headrace.training.blocks.targets import agreement, has_label
 from headrace.training.collectives import mean_over_ranks
+from headrace.training.run.export import with_classifier
 
 
 def labelled_per_rank(batch: Batch) -> Tensor:

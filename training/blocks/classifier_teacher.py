@@ -5,7 +5,6 @@ teacher was trained on another size. Mixed and erased pictures stay what they ar
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from typing_extensions import override
 from headrace.training.backbones import check_name
 from headrace.training.method import Facts
 from headrace.training.preset import ConfigError
-
-CLASSIFIER_FILE = "classifier.safetensors"
+from headrace.training.run.directory import CLASSIFIER_FILE
+from headrace.training.run.record import read_network
 
 
 class ClassifierTeacher(nn.Module):
@@ -164,16 +163,21 @@ def _from_run(run: Path, facts: Facts, option: str) -> ClassifierTeacher:
             f"with its first checkpoint"
         )
     try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]
-        name, options = config["backbone"], dict(config["backbone_options"])
-        test = config["test"]
-        mean, std = tuple(test["mean"]), tuple(test["std"])
-        pixels = next(op["size"] for op in test["views"][0]["ops"] if op["op"] == "CenterCrop")
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
-        raise ConfigError(f"{option} {run}: its config.json cannot be read: {error!r}") from error
-    network = timm.create_model(name, num_classes=_classes_of(path, name), **options)
+        recorded = read_network(run)
+    except ConfigError as error:
+        raise ConfigError(f"{option} {run}: {error}") from error
+    name, test = recorded.backbone, recorded.test
+    classes = _classes_of(path, name)
+    network = timm.create_model(name, num_classes=classes, **recorded.backbone_options)
     _load(network, _read(path), path)
-    return _fitting(network, mean=mean, std=std, pixels=pixels, facts=facts, name=f"{option} {run}")
+    return _fitting(
+        network,
+        mean=test.mean,
+        std=test.std,
+        pixels=test.flat_views[0].size,
+        facts=facts,
+        name=f"{option} {run}",
+    )
 
 
 def _fitting(

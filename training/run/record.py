@@ -6,30 +6,20 @@ later (the views, the backbone, the seed) becomes the frozen dataclasses again t
 
 import json
 import pickle
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.declaration import augmentation_from
 from headrace.pipelines.ops import RecipeError
 from headrace.pipelines.recipe import Augmentation
-from headrace.shards.store import Store
-from headrace.training.backbones import ENCODER_FILE, read_initial
-from headrace.training.build import build_method, facts_of
-from headrace.training.catalogue import find_method
-from headrace.training.inputs import read_subset, sample_images
-from headrace.training.method import Method
 from headrace.training.preset import ConfigError
-from headrace.training.run.checkpoint import CHECKPOINT_FILE
-
-CONFIG_FILE = "config.json"
+from headrace.training.run.directory import CHECKPOINT_FILE, CONFIG_FILE, METRICS_FILE
 
 
 @dataclass(frozen=True)
@@ -67,18 +57,21 @@ class Record:
     test: Augmentation
 
 
+@dataclass(frozen=True)
+class Network:
+    """What the weights that a run exported are of, and what they expect to see.
+
+    backbone: a timm model. test: the view that the run is judged in.
+    """
+
+    backbone: str
+    backbone_options: Mapping[str, Any]
+    test: Augmentation
+
+
 def read_record(run: Path) -> Record:
     """Raises ConfigError, one sentence, for what is no run or was written by another version."""
-    path = run / CONFIG_FILE
-    if not run.is_dir():
-        raise ConfigError(f"there is no run {run}: name the directory that --run.out named")
-    try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{run} is no run: it holds no {CONFIG_FILE}") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    try:
+    with _recorded(run) as recorded:
         config, derived = recorded["config"], recorded["derived"]
         stream = recorded["fingerprint"]["stream"]
         return Record(
@@ -106,87 +99,61 @@ def read_record(run: Path) -> Record:
             augmentation=augmentation_from(config["augmentation"]),
             test=augmentation_from(config["test"]),
         )
+
+
+def read_network(run: Path) -> Network:
+    """The little that is needed to use a run's weights elsewhere. Raises ConfigError likewise."""
+    with _recorded(run) as recorded:
+        config = recorded["config"]
+        return Network(
+            backbone=config["backbone"],
+            backbone_options=_tuples(config["backbone_options"]),
+            test=augmentation_from(config["test"]),
+        )
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that have a step, in order; a last one that is only half written
+    is left out. Raises ConfigError where there is none."""
+    path = run / METRICS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    logged: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ConfigError(f"{path}, line {number} is no JSON: {error}") from error
+        if isinstance(values, dict) and "step" in values:
+            logged.append(values)
+    if not logged:
+        raise ConfigError(f"{path} has no logged step yet")
+    return logged
+
+
+@contextmanager
+def _recorded(run: Path) -> Iterator[dict[str, Any]]:
+    """What config.json says. Inside, whatever it lacks becomes a sentence too."""
+    path = run / CONFIG_FILE
+    if not run.is_dir():
+        raise ConfigError(f"there is no run {run}: name the directory that --run.out named")
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{run} is no run: it holds no {CONFIG_FILE}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    try:
+        yield recorded
     except (KeyError, TypeError, RecipeError) as error:
         raise ConfigError(
             f"{path} is not as this version writes it ({type(error).__name__}: {error}); read it "
             f"with the version that it names"
         ) from error
-
-
-def untrained_encoder(record: Record, train: Store) -> nn.Module:
-    """The encoder as the run began with it: built in the same way from the same seed."""
-    return built_method(record, train, trained=False).encoder
-
-
-def trained_encoder(record: Record, train: Store) -> nn.Module:
-    """The encoder that the run's last checkpoint left.
-
-    The method builds it, because what it judges need not be one timm model: two networks on
-    different channels, a fixed filter in front of one. Raises ConfigError where there is none, and
-    where the weights are not those of this encoder.
-    """
-    path = record.directory / ENCODER_FILE
-    if not path.is_file():
-        raise ConfigError(
-            f"{record.directory} holds no {ENCODER_FILE}: the run writes it with its first "
-            f"checkpoint; --untrained judges the weights that it begins with"
-        )
-    weights = read_initial(path)
-    encoder = built_method(record, train, trained=True).encoder
-    try:
-        encoder.load_state_dict(weights)
-    except RuntimeError as error:
-        difference = shorten(str(error).partition("\n")[2], 200, placeholder=" ...")
-        raise ConfigError(
-            f"{path} does not hold the weights of the encoder that {record.method} builds for "
-            f"{record.directory / CONFIG_FILE}: {difference}"
-        ) from error
-    return encoder
-
-
-def built_method(record: Record, train: Store, *, trained: bool) -> Method:
-    """The method as the run built it, whose weights are the seed's.
-
-    Heads and banks take the memory that they take in training, also where the encoder alone is
-    wanted: buffers that no checkpoint holds have their values from being built, so nothing can be
-    left out safely. train: its numbers stand in for what an older record does not tell of the
-    run's own, and its images for those that an encoder is fitted to. trained: a checkpoint's
-    weights will replace these.
-    """
-    samples = record.train_samples or len(train)
-    if "." in record.method and (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # where training found it
-    facts = facts_of(
-        record.augmentation,
-        num_classes=len(train.classes) if record.classes is None else record.classes,
-        train_samples=samples,
-        batch_size=record.batch_size,
-        steps_per_epoch=record.epoch_steps or max(1, samples // record.batch_size),
-        total_steps=record.total_steps,
-        init=record.init,
-    )
-    objective = find_method(record.method).objective_class(**record.objective)
-    return build_method(
-        record.method,
-        objective,
-        record.backbone,
-        record.backbone_options,
-        facts,
-        record.seed,
-        resumed=trained,
-        images=lambda: _sample_images(record, train),
-    )
-
-
-def _sample_images(record: Record, train: Store) -> Tensor:
-    """Those that the run's encoder was fitted to. Raises ConfigError if `train` is another set."""
-    if record.train_fingerprint not in (None, train.fingerprint):
-        raise ConfigError(
-            f"the first layer of {record.backbone} was made from images of {record.train}, and "
-            f"{train.uri} is another data set: name that one with --data.train"
-        )
-    subset = read_subset(record.subset, train)
-    return sample_images(train, record.test, record.seed, subset=subset, holdout=record.holdout)
 
 
 def _saved_step(checkpoint: Path) -> int | None:

@@ -20,14 +20,14 @@ from headrace.shards.atomic import atomic_file
 from headrace.tools.bench.machine import machine
 from headrace.tools.bench.methods.process import Command, Job
 from headrace.tools.bench.methods.rows import PIXELS, Row
-from headrace.training.backbones import ENCODER_FILE
+from headrace.training.build import untrained_encoder
 from headrace.training.catalogue import MethodModule, find_method
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config
 from headrace.training.inputs import largest_side_pixels, open_train
 from headrace.training.preset import ConfigError
-from headrace.training.run.checkpoint import METRICS_FILE
-from headrace.training.run.record import CONFIG_FILE, read_record, untrained_encoder
+from headrace.training.run.directory import CONFIG_FILE, ENCODER_FILE, METRICS_FILE
+from headrace.training.run.record import read_record
 
 SCRIPTS = Path(training.__file__).parent
 TRAINED_FILE = "bench-trained.json"

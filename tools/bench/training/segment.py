@@ -20,7 +20,7 @@ from headrace.shards.cores import usable_cores
 from headrace.shards.errors import UserError
 from headrace.shards.lifetime import end_with_parent
 from headrace.training.config import Config
-from headrace.training.run.checkpoint import METRICS_FILE
+from headrace.training.run.directory import METRICS_FILE
 
 TRAIN = Path(training.__file__).parent / "train.py"
 POLL_SECONDS = 0.3
