@@ -51,26 +51,26 @@ def parse_command_line(
     first.add_argument("--data.train", dest="train", type=Path)
     first.add_argument("-h", "--help", action="store_true")
     try:
-        known, _ = first.parse_known_args(list(arguments))
+        chosen, _ = first.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from error
-    if known.method is None:
-        if known.help:
+    if chosen.method is None:
+        if chosen.help:
             sys.stdout.write(_general_help() + "\n")
             raise SystemExit(0)
         raise ConfigError(
             f"--method is missing: choose among {', '.join(method_names())}; --help shows examples"
         )
-    if "." in known.method and (here := str(Path.cwd())) not in sys.path:
+    if "." in chosen.method and (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # as `python -m` does, so that a method beside the data is found
-    method = find_method(known.method)
+    method = find_method(chosen.method)
 
     _check_options(arguments, method.presets.values())
 
     def largest_side() -> int:
-        return SMALL_PIXELS + 1 if known.help else largest_side_pixels(known.train)
+        return SMALL_PIXELS + 1 if chosen.help else largest_side_pixels(chosen.train)
 
-    preset_name, preset = find_preset(method, known.preset, largest_side)
+    preset_name, preset = find_preset(method, chosen.preset, largest_side)
     given = _parse_options(method, preset_name, preset, arguments)
     return _resolve(method, preset_name, preset, given)
 
@@ -199,8 +199,8 @@ def _named_ops(view: View) -> list[tuple[str, ViewOp]]:
         if isinstance(op, OneOf):
             continue
         base = re.sub(r"(?<!^)(?=[A-Z])", "_", type(op).__name__).lower()
-        same = sum(name == base or name.startswith(base + "_") for name in named)
-        named[base if same == 0 else f"{base}_{same + 1}"] = op
+        earlier = sum(name == base or name.startswith(base + "_") for name in named)
+        named[base if earlier == 0 else f"{base}_{earlier + 1}"] = op
     return list(named.items())
 
 
@@ -274,17 +274,17 @@ def _option_names(declared: Any, prefix: str = "--") -> list[str]:
 
 def _first_sentence(message: str) -> str:
     """What tyro says in a frame, without the frame and the help below it."""
-    said = []
+    sentence = []
     for line in message.splitlines():
         text = line.strip("╭╮╰╯│─ ")
         if line.startswith("╭"):
             continue
         if not text:
             break  # a rule or an empty line ends the first paragraph
-        said.append(text)
-    text = " ".join(said).rstrip(".")
-    if wrong := re.match(r"Error parsing (\S+): no type matching (\S+) .*from \['(.*)'\]", text):
-        option, kinds, value = wrong.groups()
+        sentence.append(text)
+    text = " ".join(sentence).rstrip(".")
+    if refusal := re.match(r"Error parsing (\S+): no type matching (\S+) .*from \['(.*)'\]", text):
+        option, kinds, value = refusal.groups()
         kinds = kinds.replace("{None}", "None").replace("|", " or ")
         return f"{option} is {value!r}; it must be {kinds}"
     return text or "the command line cannot be read"

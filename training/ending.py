@@ -21,22 +21,22 @@ def run_and_exit(main: Callable[[Sequence[str]], int]) -> NoReturn:
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        code, said = 2, str(error)
+        code, message = 2, str(error)
     except OSError as error:
-        code, said = 1, str(error)  # a full disk, a vanished mount
+        code, message = 1, str(error)  # a full disk, a vanished mount
     except RuntimeError as error:
         if not _lost_a_rank(error):
             raise
-        code, said = 1, "another rank has ended; its own message says why"
+        code, message = 1, "another rank has ended; its own message says why"
         time.sleep(_HEAD_START_SECONDS)
     else:
         sys.exit(code)
     rank = rank_from_environment()
     if rank != 0:
         time.sleep(_HEAD_START_SECONDS)
-        said = f"{said} (rank {rank})"
+        message = f"{message} (rank {rank})"
     sys.stdout.flush()
-    print(f"error: {said}", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201
     if "LOCAL_RANK" in os.environ:
         os._exit(code)  # a process group without its other ranks would wait at its end
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""Pre-train an image encoder: from a data set and a method's recipe to RUN/encoder.safetensors.
+"""Pre-train an image encoder: from a data set and a method's preset to RUN/encoder.safetensors.
 
     python training/train.py --method dino
     torchrun --standalone --nproc-per-node 8 training/train.py --method dino --data.train DIR
