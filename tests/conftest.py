@@ -2,8 +2,9 @@
 limit on the time that an example of Hypothesis takes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -23,3 +24,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         if "NUMBA_CACHE_DIR" not in os.environ and not os.access(Path(__file__).parent, os.W_OK):
             patch.setenv("NUMBA_CACHE_DIR", str(directory / "numba"))
         yield directory
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
+    """on_two_ranks(function, *arguments): what a function of two_ranks.py gives on each rank."""
+    from tests.two_ranks import two_ranks
+
+    with two_ranks(tmp_path_factory.mktemp("ranks")) as call:
+        yield call

@@ -52,9 +52,74 @@ def log_softmax(x: Array) -> Array:
     return shifted - np.log(np.exp(shifted).sum())
 
 
-def as_float32(values: Array) -> Array:
-    """Values that float32 holds, or the inputs themselves would differ."""
-    return values.astype(np.float32).astype(np.float64)
+def float32_normal(random: np.random.Generator, *shape: int, scale: float = 1.0) -> Array:
+    """Normal numbers that float32 holds, or the inputs themselves would differ."""
+    return as_float32(random.normal(0, scale, shape))
+
+
+def as_float32(x: Array) -> Array:
+    """The nearest numbers that float32 holds."""
+    return x.astype(np.float32).astype(np.float64)
+
+
+def tensor(x: Array) -> Tensor:
+    return torch.tensor(x, dtype=torch.float32)
+
+
+def unit_rows(x: Array) -> Array:
+    """[..., D] with rows of length 1."""
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def far_apart(ours: NDArray[np.float32], other: Array) -> bool:
+    return bool(np.linalg.norm(ours - other) > 0.05 * np.linalg.norm(other))
+
+
+def cosine(a: Array, b: Array) -> float:
+    return float(a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b)))
+
+
+def info_nce(query: Array, key: Array, others: list[Array], temperature: float) -> float:
+    """-log(exp(q k+ / t) / sum of exp(q k / t) over the key and the others)."""
+    own = np.exp(cosine(query, key) / temperature)
+    return -np.log(own / (own + sum(np.exp(cosine(query, each) / temperature) for each in others)))
+
+
+def batch_info_nce_oracle(
+    queries: Array, keys: Array, first_row: int, temperature: float, *, own_twice: bool = False
+) -> float:
+    """Each query among all keys: MoCo v3, Chen et al. 2021, eq. 1; moco-v3 builder.py,
+    MoCo.contrastive_loss. own_twice: the mistake of an own key that is also its negative."""
+    losses = []
+    for i in range(len(queries)):
+        own = first_row + i
+        others = [keys[j] for j in range(len(keys)) if own_twice or j != own]
+        losses.append(info_nce(queries[i], keys[own], others, temperature))
+    return float(np.mean(losses))
+
+
+def kl(log_p: Array, log_q: Array) -> float:
+    return float(sum(np.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True)))
+
+
+def assert_targets_are_constant(
+    ours: Callable[[Tensor, Tensor], Tensor], oracle: Callable[[Array, Array], float]
+) -> None:
+    """Both networks see the same: only the predictions may hand a gradient back to it.
+
+    ours and oracle take predictions and targets [B, 2, D].
+    """
+    random = np.random.default_rng(0)
+    at = float32_normal(random, 3, 2, 4)
+    online, target = float32_normal(random, 4, 5), float32_normal(random, 4, 5)
+
+    def both(x: Tensor) -> Tensor:
+        return ours(x @ tensor(online), x @ tensor(target))
+
+    assert_same(both, lambda x: oracle(x @ online, at @ target), at)
+    _, gradient = value_and_gradient(both, at)
+    assert far_apart(gradient, numeric_gradient(lambda x: oracle(x @ online, x @ target), at))
+    assert far_apart(gradient, numeric_gradient(lambda x: oracle(at @ online, x @ target), at))
 
 
 def mixed_with(labels: Tensor, weights: list[float]) -> Mixed:

@@ -33,6 +33,7 @@ from headrace.training import methods
 from headrace.training.backbones import EncoderFactory, resolve_options
 from headrace.training.catalogue import find_method
 from headrace.training.method import Facts, Method, Progress
+from headrace.training.optim import Schedule, build_optimizer
 from headrace.training.preset import ConfigError, Preset
 from headrace.training.run.export import export
 from headrace.training.step import optimiser_step
@@ -289,6 +290,17 @@ def train_step(
 
 def sgd(method: Method, rate: float = 0.01) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=rate)
+
+
+def rates(method: Method, recipe: Preset, progress: float) -> list[tuple[set[int], float, float]]:
+    """(ids of parameters, learning rate, weight decay) per group, as the optimiser takes them."""
+    schedule = Schedule(recipe.optim, recipe.batch_size, recipe.epochs)
+    optimizer = build_optimizer(method.param_groups(), schedule)
+    schedule.apply(optimizer, progress)
+    return [
+        ({id(p) for p in group["params"]}, group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+    ]
 
 
 CASES = [(name, encoder) for name in NAMES for encoder in ENCODERS if not refusal(name, encoder)]

@@ -1,23 +1,22 @@
-"""Losses against float64 transcriptions of their equations, in value and in gradient.
+"""SimCLR: its loss against a float64 transcription, and its heads."""
 
-Each oracle is numpy alone and written from the paper or its code, entry by entry rather than as the
-implementation has it; its gradient is taken by central differences. Beside each loss stand the
-mistakes that are easily made, to show that the comparison would notice them.
-"""
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from headrace.training.backbones import EncoderFactory
+from headrace.training.method import Facts
+from headrace.training.methods import simclr
 from headrace.training.methods.simclr import nt_xent
+from headrace.training.preset import ConfigError
 from tests.objective_checks import Array, assert_same, differs, log_softmax, value_and_gradient
+from tests.tiny_methods import batch_of, build, module_of, progress_at, small_preset
 
-# ---- DINO: eq. 1 to 3 and algorithm 1; dino main_dino.py, DINOLoss.forward
-
-
-# ---- SimCLR: eq. 1 and algorithm 1
+# ---- eq. 1 and algorithm 1
 
 
 def nt_xent_oracle(
@@ -86,7 +85,46 @@ def test_nt_xent_recognises_partners() -> None:
     assert not nt_xent(wrong, wrong, 0, 0.1)[1].any()
 
 
-# ---- MAE: section 3, "Reconstruction target"; mae models_mae.py, patchify and forward_loss
+# ---- the method
 
 
-# ---- supervised: cross-entropy with smoothed targets (Szegedy et al. 2015, section 7)
+def test_simclr_moves_what_it_compares_with() -> None:
+    """The method hands the loss its keys with their gradient."""
+    method, batch = build("simclr", "test_vit"), batch_of("simclr")
+    own = torch.randn(16, 2, 8, requires_grad=True)
+    method.objective({"projection": own}, batch, progress_at(0))["loss"].backward()
+    direct = own.detach().clone().requires_grad_()
+    temperature = small_preset("simclr").objective.temperature
+    module_of("simclr").nt_xent(direct, direct, 0, temperature)[0].backward()
+    assert own.grad is not None
+    assert direct.grad is not None
+    torch.testing.assert_close(own.grad, direct.grad)
+
+
+def test_simclr_wants_two_views() -> None:
+    with pytest.raises(ConfigError, match="two views of one size"):
+        module_of("simclr").build(
+            small_preset("simclr").objective,
+            EncoderFactory("test_resnet", {}),
+            Facts(0, 64, (32, 32, 16), 16, 4, 20),
+        )
+
+
+def test_simclr_v2_head() -> None:
+    """simclr model_util.py, `projection_head`: three layers, the last scaled and not shifted."""
+    objective = replace(simclr.PRESETS["v2_imagenet"].objective, projection_dim=24)
+    factory = EncoderFactory("test_resnet", {})
+    method = simclr.build(objective, factory, Facts(0, 64, (32, 32), 16, 4, 20))
+    linear = [layer for layer in method.projection if isinstance(layer, nn.Linear)]
+    width = linear[0].in_features
+    assert [(layer.in_features, layer.out_features) for layer in linear] == [
+        (width, width),
+        (width, width),
+        (width, 24),
+    ]
+    norms = [layer for layer in method.projection if isinstance(layer, nn.BatchNorm1d)]
+    assert [norm.bias.requires_grad for norm in norms] == [True, True, False]
+    assert all(norm.weight.requires_grad for norm in norms)
+    assert isinstance(method.projection[-1], nn.BatchNorm1d)
+    output: Tensor = method(batch_of("simclr"), progress_at(0))[0]["loss"]
+    assert output.isfinite()
