@@ -17,6 +17,7 @@ from headrace.shards.component import component_directory, open_component
 from headrace.shards.dataset import write_dataset
 from headrace.shards.index import Record
 from headrace.shards.store import Store, open_store
+from headrace.training.blocks.color import rgb_to_lab
 from headrace.training.methods.relic_v2 import PRESETS
 from tests.objective_checks import assert_same
 
@@ -107,6 +108,14 @@ def test_lab_is_that_of_the_standard() -> None:
         (50.03, 0, 0),
     ]  # fmt: skip
     np.testing.assert_allclose(saliency.lab(colours)[0], expected, atol=0.1)
+
+
+def test_lab_is_that_of_the_methods() -> None:
+    """cmc's colours, with the same constants; another rounding is all that may differ."""
+    rgb = scene(0)[0]
+    pictures = torch.tensor(rgb).permute(2, 0, 1)[None] / 255
+    expected = rgb_to_lab(pictures)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(saliency.lab(rgb), expected, atol=1e-3)
 
 
 def test_minimum_barrier_is_the_least_range_on_a_way_out() -> None:

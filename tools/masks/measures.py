@@ -11,6 +11,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.training.blocks.color import SRGB_TO_XYZ, WHITE
+
 Map = NDArray[np.float32]
 
 _SPECTRUM_PIXELS = 64  # the width at which spectral residuals are taken, and its blur in these
@@ -22,14 +24,16 @@ _PASSES = 3
 
 
 def lab(rgb: NDArray[np.uint8]) -> Map:
-    """uint8 sRGB [H, W, 3] as CIE L*a*b* (D65) float32."""
+    """uint8 sRGB [H, W, 3] as CIE L*a*b* (D65) float32.
+
+    As `blocks.color.rgb_to_lab`, in numpy: a pool of threads takes a picture each, and torch would
+    divide each of them among threads of its own once more.
+    """
     encoded = rgb.astype(np.float32) / 255
     linear = np.where(encoded > 0.04045, ((encoded + 0.055) / 1.055) ** 2.4, encoded / 12.92)
-    to_xyz = np.array(
-        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], np.float32
-    )
-    xyz = linear @ (to_xyz / to_xyz.sum(axis=1, keepdims=True)).T
-    root = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    to_share_of_white = np.array(SRGB_TO_XYZ, np.float32) / np.array(WHITE, np.float32)[:, None]
+    share = linear @ to_share_of_white.T
+    root = np.where(share > 0.008856, np.cbrt(share), 7.787 * share + 16 / 116)
     x, y, z = np.moveaxis(root, -1, 0)
     return np.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), axis=-1).astype(np.float32)
 

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 # IEC 61966-2-1: linear sRGB to XYZ, and XYZ of white (D65, observer of 2 degrees).
-_XYZ = (
+SRGB_TO_XYZ = (
     (0.412453, 0.357580, 0.180423),
     (0.212671, 0.715160, 0.072169),
     (0.019334, 0.119193, 0.950227),
 )
-_WHITE = (0.95047, 1.0, 1.08883)
+WHITE = (0.95047, 1.0, 1.08883)
 
 # ITU-R BT.601 for 8 bits, of R, G, B in [0, 1].
 _YCBCR = ((65.481, 128.553, 24.966), (-37.797, -74.203, 112.0), (112.0, -93.786, -18.214))
@@ -24,7 +24,8 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     channels = linear.unbind(dim=1)
     x, y, z = (
-        _response(_sum(row, channels) / white) for row, white in zip(_XYZ, _WHITE, strict=True)
+        _response(_sum(row, channels) / white)
+        for row, white in zip(SRGB_TO_XYZ, WHITE, strict=True)
     )
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
 
