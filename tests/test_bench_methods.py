@@ -308,6 +308,36 @@ def test_a_pupil_waits_for_its_teacher(data: Path, tmp_path: Path) -> None:
     assert pupil.arguments[-2:] == ["--init", str(teacher)]
 
 
+def test_a_defect_in_a_methods_code_is_a_failed_row(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises, here when the untrained encoder is built: the other rows go on."""
+    own = ["--methods", "simclr", "--data", str(data), "--runs", str(tmp_path), "--subset", "100"]
+    run = job.make_run(tool._bench(tool._parse(own), ()), "simclr", 0)
+    run.directory.mkdir()
+    (run.directory / job.TRAINED_FILE).write_text('{"peak_memory_bytes": null}')
+    results = {"20": {"top1": 1.0}}
+    linear = {"accuracy": {"top1": 1.0, "top5": 1.0}, "chosen": {"learning_rate": 1.0},
+              "at_edge": False}  # fmt: skip
+    facts = {"results": results, "linear": linear, "seconds": {}, "versions": {}}
+    (run.directory / "judged-trained.json").write_text(json.dumps(facts))
+    described = {
+        "config": run.config.declaration(),
+        "derived": {"steps": 30},
+        "fingerprint": {"stream": {"engine": {"name": "reference"}, "order": {"samples": 100}}},
+    }
+    (run.directory / "config.json").write_text(json.dumps(described, default=str))
+
+    def broken(*_: Any) -> None:
+        raise TypeError("a head of no width")
+
+    monkeypatch.setattr(run.module, "build", broken)
+    with pytest.raises(StopIteration) as ended:
+        next(job.measure(run))
+    assert ended.value.value["status"] == "failed"
+    assert ended.value.value["error"] == "TypeError: a head of no width"
+
+
 def test_a_setting_is_all_that_a_preset_says(data: Path, tmp_path: Path) -> None:
     own = ["--data", str(data), "--runs", str(tmp_path), "--subset", "100"]
     bench = tool._bench(tool._parse(own), ())

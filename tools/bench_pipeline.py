@@ -44,7 +44,7 @@ from headrace.tools.bench.steps import say
 DESCRIPTION = """\
 Measure how many images per second our engines and other libraries turn into a model's input.
 
-engines  fused, dali, reference   ours, on the plans of pipelines/recipes.py
+engines  fused, dali, reference   ours, on the plans of pipelines/recipes
          torchvision              ImageFolder, DataLoader, each recipe as its authors publish it
          dali_native              DALI with its own reader and random operators
          ffcv, webdataset         their plain loaders, where they can express the recipe

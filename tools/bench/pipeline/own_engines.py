@@ -73,7 +73,7 @@ def open_contender(task: Task) -> Contender:
 def _recipe(task: Task) -> Augmentation:
     recipe: Callable[[], Augmentation] | None = getattr(recipes, task.recipe, None)
     if recipe is None:
-        raise CannotExpress(f"pipelines/recipes.py has no recipe {task.recipe!r}")
+        raise CannotExpress(f"pipelines/recipes has no recipe {task.recipe!r}")
     return recipe()
 
 
