@@ -187,7 +187,7 @@ def test_a_whole_measurement(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert sum(result["shares"].values()) == pytest.approx(1)
     assert result["verdict"] in RULE["NAMES"]
     assert rates["transfer"] is None
-    assert rates["decode"] > rates["loader"] / 2 > 0
+    assert min(rates["decode"], rates["loader"], rates["storage_cached"]) > 0
     assert result["samples_alone"] == 48  # what is not held out, in whole batches
     for name in ("real", "synthetic"):
         (segment,) = result[name]
@@ -199,7 +199,9 @@ def test_a_whole_measurement(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert result["date"].startswith("20")
     assert done.stdout.splitlines()[-1] == result["sentence"]
     assert f"1 - real/synthetic    {result['lost_share']:.1%}, wait share" in done.stdout
-    assert re.search(r"\[3/5, about \d+ s left\] training with the reference engine", done.stderr)
+    assert re.search(
+        r"\[3/5, about \d+ (s|min) left\] training with the reference engine", done.stderr
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"found", "temporary"}
     assert not [path for path in temporary.iterdir() if path.name.startswith("headrace")]
 

@@ -26,6 +26,7 @@ from headrace.pipelines.engines.reference import decode
 from headrace.shards.atomic import atomic_file
 from headrace.shards.errors import UserError
 from headrace.shards.store import Store, dataset_splits
+from headrace.tools.arguments import positive
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
 from headrace.tools.view_pictures import class_name
 from headrace.training.build import trained_encoder, untrained_encoder
@@ -106,24 +107,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="where the pictures are from; of a root with splits, val, else test. Default: the "
         "run's, else the split beside its training set, else that set itself",
     )
-    parser.add_argument("--samples", type=_positive, default=10, help="number of pictures")
-    parser.add_argument("--neighbours", type=_positive, default=8, help="of each picture")
+    parser.add_argument("--samples", type=positive, default=10, help="number of pictures")
+    parser.add_argument("--neighbours", type=positive, default=8, help="of each picture")
     parser.add_argument(
         "--among",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="look for neighbours among N training images, by the seed's chance; default: all",
     )
     parser.add_argument("--seed", type=int, help="of the choice of pictures; default: the run's")
     parser.add_argument("--engine", help="auto, or an engine by name; default: the run's")
-    parser.add_argument("--threads", type=_positive, help="of the engine")
+    parser.add_argument("--threads", type=positive, help="of the engine")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
-    return int(text)
 
 
 def _what_to_compare(record: Record, options: argparse.Namespace) -> Compared:
