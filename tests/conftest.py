@@ -33,3 +33,24 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 
     with two_ranks(tmp_path_factory.mktemp("ranks")) as call:
         yield call
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with 60 training and 21 test images of three classes."""
+    from tests.handmade_runs import make_images
+
+    root = tmp_path_factory.mktemp("evaluate") / "colours"
+    make_images(root / "train", 20, seed=0)
+    make_images(root / "test", 7, seed=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(data: Path) -> Path:
+    """A run of dino with a small encoder, as training leaves it, but for what is not read here."""
+    from tests.handmade_runs import make_finished_run
+
+    directory = data.parent / "run"
+    make_finished_run(directory, data)
+    return directory

@@ -30,7 +30,6 @@ from headrace.training.inputs import sample_images
 from headrace.training.run.export import export, with_classifier
 from headrace.training.run.record import read_record
 from headrace.training.train import main as train_main
-from tests.test_evaluate import data  # noqa: F401  the fixture
 
 WHITENED = {"whiten": True, "widths": (8, 8, 16)}
 
@@ -144,7 +143,7 @@ def test_options_are_resolved_without_images() -> None:
     assert resolve_options("small_convnet", WHITENED, (24, 24), 32) == WHITENED
 
 
-def test_images_are_the_orders_first(data: Path) -> None:  # noqa: F811
+def test_images_are_the_orders_first(data: Path) -> None:
     """By the seed; neither what is held out nor what a subset leaves out."""
     store, view = open_store(data, "train"), center(32, 32)
     images = sample_images(store, view, seed=3)
@@ -162,7 +161,7 @@ def test_images_are_the_orders_first(data: Path) -> None:  # noqa: F811
 
 
 @pytest.fixture
-def demo_run(data: Path, tmp_path: Path) -> Callable[..., Path]:  # noqa: F811
+def demo_run(data: Path, tmp_path: Path) -> Callable[..., Path]:
     def begin(*options: str) -> Path:
         out = tmp_path / "run"
         arguments = "--method simclr --preset demo --data.batch-size 16 --data.engine reference"
@@ -176,7 +175,7 @@ def demo_run(data: Path, tmp_path: Path) -> Callable[..., Path]:  # noqa: F811
 
 def test_a_run_begins_with_what_untrained_judges(
     demo_run: Callable[..., Path],
-    data: Path,  # noqa: F811
+    data: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The frozen layer is in the exported encoder; a resumed run asks for no images."""
@@ -205,7 +204,7 @@ def test_a_run_begins_with_what_untrained_judges(
 
 def test_another_data_set_has_no_untrained_encoder(
     demo_run: Callable[..., Path],
-    data: Path,  # noqa: F811
+    data: Path,
 ) -> None:
     run = demo_run("--run.steps", "1")
     with pytest.raises(ValueError, match=r"is another data set: name that one with --data\.train"):

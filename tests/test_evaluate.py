@@ -20,98 +20,19 @@ from torch import Tensor, nn
 from headrace.pipelines.declaration import augmentation_from
 from headrace.pipelines.recipes import center, deit, dino
 from headrace.shards.store import Store, open_store
-from headrace.training.backbones import EncoderFactory, resolve_options
+from headrace.training.backbones import resolve_options
 from headrace.training.build import trained_encoder, untrained_encoder
 from headrace.training.catalogue import find_method, method_names
-from headrace.training.config import Config, Data, Run
 from headrace.training.features import FeaturePass, extract
 from headrace.training.preset import ConfigError
 from headrace.training.protocols.knn import knn_predict
 from headrace.training.run.export import export, read_initial
 from headrace.training.run.record import read_metrics, read_record
 from headrace.training.world import World
+from tests.handmade_runs import make_run
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_VIEW = center(32, 32)
-COLOURS = {"blue": (40, 60, 180), "green": (40, 160, 60), "red": (190, 50, 40)}
-
-
-def make_images(folder: Path, per_class: int, seed: int) -> None:
-    """Noise around a colour per class: what any encoder can tell apart."""
-    generator = np.random.default_rng(seed)
-    for name, colour in COLOURS.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(per_class):
-            pixels = generator.normal(colour, 40, size=(32, 32, 3)).clip(0, 255)
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number:03d}.png")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with 60 training and 21 test images of three classes."""
-    root = tmp_path_factory.mktemp("evaluate") / "colours"
-    make_images(root / "train", 20, seed=0)
-    make_images(root / "test", 7, seed=1)
-    return root
-
-
-@pytest.fixture(scope="module")
-def run(data: Path) -> Path:
-    """A run of dino with a small encoder, as training leaves it, but for what is not read here."""
-    directory = data.parent / "run"
-    make_run(directory, data, "dino", "test_resnet", {})
-    torch.manual_seed(0)
-    export(EncoderFactory("test_resnet", {})().state_dict(), directory / "encoder.safetensors")
-    torch.save({"format": 1, "step": 30}, directory / "checkpoint.pt")
-    lines = [
-        {
-            "step": step,
-            "epoch": step / 3,
-            "loss": 8 - step / 10 if step != 20 else None,
-            "images_per_second": 100.0 + step,
-            "wait_share": 0.25,
-        }
-        for step in range(5, 31, 5)
-    ]
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return directory
-
-
-def make_run(
-    directory: Path,
-    data: Path,
-    method: str,
-    backbone: str,
-    options: dict[str, Any],
-    samples: int = 60,
-) -> None:
-    """The config.json of a run with a method's CIFAR preset, but for the backbone. A teacher is
-    named where one is needed; judging does not open it."""
-    directory.mkdir()
-    declared = find_method(method)
-    preset = declared.presets["cifar"]
-    objective = preset.objective
-    if getattr(objective, "teacher", None) == "":
-        objective = replace(objective, teacher="runs/teacher")
-    config = Config(
-        method=method,
-        preset="cifar",
-        backbone=backbone,
-        backbone_options=options,
-        init=Path("runs/teacher") if declared.init_is_teacher else None,
-        data=Data(train=data, batch_size=preset.batch_size),
-        optim=preset.optim,
-        run=Run(out=directory, steps=30, seed=5),
-        objective=objective,
-        augmentation=preset.augmentation,
-        test=preset.test,
-    )
-    described = {
-        "config": config.declaration(),
-        "derived": {"steps": 30},
-        "fingerprint": {"stream": {"engine": {"name": "reference"}, "order": {"samples": samples}}},
-    }
-    (directory / "config.json").write_text(json.dumps(described))
 
 
 def script(path: str, *arguments: object, directory: Path) -> "subprocess.CompletedProcess[str]":

@@ -97,6 +97,18 @@ def test_errors_have_one_base() -> None:
     }
 
 
+def test_no_test_file_imports_another() -> None:
+    """What several of them need has a file of its own, without tests; fixtures: conftest.py."""
+    importing = {
+        (path.name, node.module)
+        for path in PYTHON
+        if path.parts[0] == "tests"
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests.test_")
+    }
+    assert not importing
+
+
 def test_the_top_level_is_fixed() -> None:
     top = {Path(name).parts[0] for name in TRACKED if (ROOT / name).exists()}
     assert top == {

@@ -9,7 +9,6 @@ import pytest
 
 from headrace.tools.bench import quickstart
 from headrace.training.run.record import read_record
-from tests.test_evaluate import data, run  # noqa: F401  the fixtures
 
 SCRIPT = Path(__file__).resolve().parent.parent / "tools/quickstart.sh"
 
@@ -58,7 +57,7 @@ def test_the_estimate_says_what_will_happen(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.fixture
-def judged(run: Path) -> Path:  # noqa: F811
+def judged(run: Path) -> Path:
     for name, top1 in (("knn", 63.2), ("knn-untrained", 40.6), ("pixels", 45.5)):
         text = {"results": {"20": {"top1": top1, "top5": 90.0}}, "seconds": {"knn": 2.0, "a": 1.5}}
         (run / f"{name}.json").write_text(json.dumps(text))
@@ -96,7 +95,7 @@ def test_an_interrupted_training_has_no_sum(judged: Path, tmp_path: Path) -> Non
 
 
 def test_a_run_without_judgement_is_refused(
-    run: Path,  # noqa: F811
+    run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

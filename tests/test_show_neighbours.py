@@ -14,7 +14,6 @@ from PIL import Image
 from headrace.shards.store import open_store
 from headrace.training.build import trained_encoder
 from headrace.training.run.record import read_record
-from tests.test_evaluate import data, run  # noqa: F401  the fixtures
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,7 +28,7 @@ def count_of(sheet: Path, colour: tuple[int, int, int]) -> int:
         return int((np.asarray(picture) == colour).all(axis=-1).sum())
 
 
-def test_a_run_becomes_a_sheet(tool: Any, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_becomes_a_sheet(tool: Any, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "neighbours.png"
     command = [sys.executable, "tools/show_neighbours.py", str(run), "--out", str(out)]
     result = subprocess.run([*command, "--samples", "6"], cwd=ROOT, capture_output=True, text=True)
@@ -48,7 +47,7 @@ def test_a_run_becomes_a_sheet(tool: Any, run: Path, tmp_path: Path) -> None:  #
     assert other.read_bytes() != out.read_bytes()
 
 
-def test_neighbours_are_those_of_plain_arithmetic(tool: Any, run: Path) -> None:  # noqa: F811
+def test_neighbours_are_those_of_plain_arithmetic(tool: Any, run: Path) -> None:
     """From test images to training images, by the cosine of the trained encoder's features."""
     record = read_record(run)
     options = tool._parse([str(run), "--out", "x", "--samples", "5", "--neighbours", "7"])
@@ -78,7 +77,7 @@ def test_neighbours_are_those_of_plain_arithmetic(tool: Any, run: Path) -> None:
     torch.testing.assert_close(taken, expected, rtol=0, atol=1e-4)
 
 
-def test_a_training_image_is_not_its_own_neighbour(tool: Any, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_training_image_is_not_its_own_neighbour(tool: Any, run: Path, tmp_path: Path) -> None:
     """A set without a val or test split: pictures and neighbours are of the same images."""
     record = read_record(run)
     alone = tmp_path / "alone"
@@ -93,7 +92,7 @@ def test_a_training_image_is_not_its_own_neighbour(tool: Any, run: Path, tmp_pat
     assert (found.similarities.diff(dim=1) <= 0).all()
 
 
-def test_neighbours_among_some_by_chance(tool: Any, run: Path) -> None:  # noqa: F811
+def test_neighbours_among_some_by_chance(tool: Any, run: Path) -> None:
     """The same ones for both networks; another seed, others."""
     record = read_record(run)
 
@@ -110,7 +109,7 @@ def test_neighbours_among_some_by_chance(tool: Any, run: Path) -> None:  # noqa:
     assert set(found.ids.flatten().tolist()) <= set(compared.among.tolist())
 
 
-def test_as_many_classes_as_there_are(tool: Any, data: Path) -> None:  # noqa: F811
+def test_as_many_classes_as_there_are(tool: Any, data: Path) -> None:
     labels = open_store(data, "test").labels(np.arange(21))
     ids = tool.chosen(labels, 7, 3)
     assert sorted(np.bincount(labels[ids]).tolist()) == [2, 2, 3]
@@ -133,7 +132,7 @@ def test_frames(tool: Any) -> None:
     assert (pixels[~inside] == 9).all()
 
 
-def test_refused(tool: Any, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_refused(tool: Any, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "n.png")
     for arguments, sentence in (
         ([str(tmp_path), "--out", out], "is no run"),

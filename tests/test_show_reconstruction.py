@@ -14,7 +14,7 @@ from headrace.training.catalogue import find_method
 from headrace.training.method import Facts
 from headrace.training.run import checkpoint
 from headrace.training.run.record import read_record
-from tests.test_evaluate import data, make_run  # noqa: F401  the fixture
+from tests.handmade_runs import make_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,7 +24,7 @@ def tool() -> Any:
     return import_module("headrace.tools.show_reconstruction")
 
 
-def make_checkpoint(directory: Path, data: Path, method: str) -> None:  # noqa: F811
+def make_checkpoint(directory: Path, data: Path, method: str) -> None:
     """A run of the method's CIFAR preset that has taken three steps, which changed nothing."""
     preset = find_method(method).presets["cifar"]
     pixels = tuple(view.size for view in preset.augmentation.flat_views)
@@ -39,7 +39,7 @@ def make_checkpoint(directory: Path, data: Path, method: str) -> None:  # noqa: 
 
 
 @pytest.fixture(scope="module", params=["mae", "spark"])
-def run(request: pytest.FixtureRequest, data: Path) -> Path:  # noqa: F811
+def run(request: pytest.FixtureRequest, data: Path) -> Path:
     directory = data.parent / request.param
     make_checkpoint(directory, data, request.param)
     return directory
@@ -48,7 +48,7 @@ def run(request: pytest.FixtureRequest, data: Path) -> Path:  # noqa: F811
 def test_a_run_becomes_a_sheet(
     tool: Any,
     run: Path,
-    data: Path,  # noqa: F811
+    data: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -103,7 +103,7 @@ def test_columns_hide_and_put_back_pixel_by_pixel(tool: Any, run: Path) -> None:
 
 def test_a_method_from_elsewhere(
     tool: Any,
-    data: Path,  # noqa: F811
+    data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -130,7 +130,7 @@ def test_a_method_from_elsewhere(
 
 def test_what_cannot_be_shown_is_one_sentence(
     tool: Any,
-    data: Path,  # noqa: F811
+    data: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
