@@ -17,9 +17,10 @@ from headrace.training import inputs as samples
 from headrace.training.catalogue import find_method, method_names
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config, Data, Run
-from headrace.training.inputs import open_training_loader, read_subset
+from headrace.training.inputs import open_training_loader
 from headrace.training.methods import dino, mae, supervised
 from headrace.training.preset import ConfigError, Optim
+from headrace.training.subset import read_subset
 from headrace.training.world import World
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from headrace.pipelines.declaration import augmentation_from
 from headrace.pipelines.recipes import center, deit, dino
+from headrace.shards.errors import UserError
 from headrace.shards.store import Store, open_store
 from headrace.training.backbones import resolve_options
 from headrace.training.build import trained_encoder, untrained_encoder
@@ -59,6 +60,10 @@ class MeanColour(nn.Module):
         return pixels.mean(dim=(2, 3))
 
 
+def pass_over(store: Store, batch_size: int, world: World) -> FeaturePass:
+    return FeaturePass(store, {"test": TEST_VIEW}, batch_size, "reference", world, threads=1)
+
+
 def mean_colours(store: Store) -> Tensor:
     """float32 [n, 3], normalised, read with Pillow alone."""
     pictures = [
@@ -75,15 +80,7 @@ def test_every_sample_is_seen_once(data: Path, ranks: int, batch_size: int) -> N
     store = open_store(data / "test")
     encoder = MeanColour()
     shares = [
-        extract(
-            encoder,
-            store,
-            TEST_VIEW,
-            batch_size=batch_size,
-            engine="reference",
-            world=World(rank=rank, size=ranks),
-            threads=1,
-        )
+        extract(encoder, pass_over(store, batch_size, World(rank=rank, size=ranks)))
         for rank in range(ranks)
     ]
     ids = torch.cat([share.ids for share in shares])
@@ -102,7 +99,7 @@ def test_features_do_not_depend_on_the_company(data: Path) -> None:
     """A short last batch is computed in the shape of the others: the same kernels."""
     store = open_store(data / "test")
     encoder = MeanColour()
-    extract(encoder, store, TEST_VIEW, batch_size=8, engine="reference", world=World(), threads=1)
+    extract(encoder, pass_over(store, 8, World()))
     assert encoder.shapes == {torch.Size([8, 3, 32, 32])}
 
 
@@ -110,15 +107,7 @@ def test_a_share_without_samples_has_the_right_width(data: Path, tmp_path: Path)
     (tmp_path / "one").mkdir()
     shutil.copy(data / "test" / "red" / "000.png", tmp_path / "one")
     shares = [
-        extract(
-            MeanColour(),
-            open_store(tmp_path),
-            TEST_VIEW,
-            batch_size=4,
-            engine="reference",
-            world=World(rank=rank, size=2),
-            threads=1,
-        )
+        extract(MeanColour(), pass_over(open_store(tmp_path), 4, World(rank=rank, size=2)))
         for rank in range(2)
     ]
     assert sorted(tuple(share.features.shape) for share in shares) == [(0, 3), (1, 3)]
@@ -126,7 +115,7 @@ def test_a_share_without_samples_has_the_right_width(data: Path, tmp_path: Path)
 
 def test_a_method_gets_batches_and_its_own_mode_between_them(data: Path) -> None:
     encoder = MeanColour()
-    way = FeaturePass(
+    feature_pass = FeaturePass(
         open_store(data / "train"),
         {"test": TEST_VIEW, "dino": dino(32, 16, 2), "deit": deit(32, group=8)},
         batch_size=16,
@@ -137,18 +126,20 @@ def test_a_method_gets_batches_and_its_own_mode_between_them(data: Path) -> None
         holdout=0.5,
     )
     seen: list[int] = []
-    for ids, features in way.features(encoder):
+    for ids, features in feature_pass.features(encoder):
         assert encoder.training
         assert torch.is_grad_enabled()
         assert features.dtype == torch.float32
         seen += ids.tolist()
-    held_out = [int(i) for ids, _ in replace(way, part="holdout").features(encoder) for i in ids]
+    held_out = [
+        int(i) for ids, _ in replace(feature_pass, part="holdout").features(encoder) for i in ids
+    ]
     assert len(seen) == len(held_out) == 30
     assert sorted(seen + held_out) == list(range(60))
-    alone = [int(i) for ids, _ in way.features(encoder, "deit") for i in ids]
+    alone = [int(i) for ids, _ in feature_pass.features(encoder, "deit") for i in ids]
     assert sorted(alone) == sorted(seen), "30 are no whole groups of 8, and nothing is mixed"
     with pytest.raises(ValueError, match="one view per image; 'dino' has 4"):
-        next(way.features(encoder, "dino"))
+        next(feature_pass.features(encoder, "dino"))
 
 
 # ----------------------------------------------------------------------------------------- record
@@ -400,13 +391,132 @@ def test_pixels_are_judged_without_a_network(
     [
         ["--pixels", "--untrained"], ["--linear.learning-rates", "0"], ["--protocol", "svm"],
         ["--linear.weight-decays", "-1"], ["--linear.learning-rates", "fast"], ["--k", "0"],
+        ["--linear.epochs", "0"], ["--linear.epoch", "3"], ["--k"], ["--protocol", "none.such"],
     ],
 )  # fmt: skip
 def test_evaluate_refuses_what_means_nothing(
     evaluate: Callable[..., int], run: Path, arguments: list[str]
 ) -> None:
-    with pytest.raises(SystemExit, match="2"):
+    """In one sentence that names the option."""
+    with pytest.raises(UserError) as caught:
         evaluate([str(run), *arguments])
+    assert arguments[0].lstrip("-").partition(".")[0] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_protocol_is_answered_with_the_nearest(
+    evaluate: Callable[..., int], run: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"lineer is unknown: did you mean linear\?"):
+        evaluate([str(run), "--protocol", "knn", "lineer"])
+
+
+def test_help_lists_the_options_of_every_protocol(
+    evaluate: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        evaluate(["--help"])
+    told = capsys.readouterr().out
+    for option in (
+        "--knn.k NUMBER [NUMBER ...]", "--linear.learning-rates", "--linear.weight-decays",
+        "--linear.epochs NUMBER", "--linear.batch-size NUMBER", "default: 10 20 100 200",
+    ):  # fmt: skip
+        assert option in told
+
+
+def test_nothing_is_computed_for_options_that_do_not_fit(
+    evaluate: Callable[..., int], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large the data: no encoder is built and no feature taken before they are refused."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something was computed")
+
+    monkeypatch.setitem(evaluate.__globals__, "trained_encoder", never)  # pyright: ignore
+    with pytest.raises(UserError, match=r"1000000 training samples; there are 60 \(train: "):
+        evaluate([str(run), "--k", "1000000"])
+    with pytest.raises(AssertionError, match="something was computed"):
+        evaluate([str(run), "--k", "60"])
+
+
+OUTSIDE = '''
+"""How far apart classes lie: the mean distance of their centres.
+
+A test's protocol.
+"""
+from dataclasses import dataclass
+from typing import Literal
+
+from headrace.training.protocol import ProtocolError
+from headrace.training.protocol_options import option
+
+
+@dataclass(frozen=True)
+class Options:
+    scale: float = option(1.0, "of all distances")
+    least_images: int = 2
+    norm: Literal["l1", "l2"] = "l2"
+    squared: bool = False
+    only: tuple[int, ...] | None = None
+
+    def check(self, train, val):
+        if len(val) < self.least_images:
+            raise ProtocolError(f"there are fewer than {self.least_images} images")
+
+
+@dataclass(frozen=True)
+class Distances:
+    mean: float
+    images: int
+    options: Options
+
+    def shown(self):
+        return f"class centres are {self.mean:.3f} apart"
+
+    def stored(self):
+        return {"distances": {"mean": self.mean, "images": self.images}}
+
+
+def judge(subject, options):
+    features = subject.features("val")
+    with subject.images("val") as batches:
+        images = sum(len(batch.labels) for batch in batches)
+    centres = [features.features[features.labels == label].mean(0) for label in range(3)]
+    gaps = [(a - b).norm().item() for a in centres for b in centres]
+    return Distances(options.scale * sum(gaps) / 6, images, options)
+'''
+
+
+@pytest.mark.slow
+def test_a_protocol_of_ones_own(run: Path, tmp_path: Path) -> None:
+    """From a file beside the data, by its dotted name, with options of its own."""
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "distances.py").write_text(OUTSIDE)
+    means = []
+    for scale in (1, 3):
+        judged = script(
+            "training/evaluate.py", run, "--protocol", "mine.distances", "--distances.scale", scale,
+            "--distances.only", 1, 2, "--json", "judged.json", directory=tmp_path,
+        )  # fmt: skip
+        assert judged.returncode == 0, judged.stderr
+        written = json.loads((tmp_path / "judged.json").read_text())
+        assert written["protocols"] == ["mine.distances"]
+        assert written["distances"]["images"] == 21
+        assert list(written["seconds"]) == ["val_features", "mine.distances"]
+        means.append(written["distances"]["mean"])
+        assert f"class centres are {means[-1]:.3f} apart" in judged.stdout
+    assert means[1] == pytest.approx(3 * means[0])
+    refused = script(
+        "training/evaluate.py", run, "--protocol", "mine.distances", "--distances.least-images",
+        22, directory=tmp_path,
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: there are fewer than 22 images (train: ")
+    (package / "half.py").write_text("class Options: ...")
+    refused = script("training/evaluate.py", run, "--protocol", "mine.half", directory=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.rstrip().endswith("half.py has no judge")
 
 
 def test_evaluate_says_what_is_missing(

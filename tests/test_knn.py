@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from headrace.training.features import Features
+from headrace.training.protocol import Accuracy, ProtocolError
 from headrace.training.protocols.knn import (
-    Accuracy,
-    KnnError,
     KnnResult,
     Neighbours,
     knn_accuracy,
@@ -224,25 +223,25 @@ def test_missing_labels_are_named() -> None:
     features, labels = clustered(0, 30)
     train = shares(features, labels)
     unlabelled = train._replace(labels=torch.full_like(train.labels, -1))
-    with pytest.raises(KnnError, match="30 of the 30 test images have none"):
+    with pytest.raises(ProtocolError, match="30 of the 30 test images have none"):
         knn_accuracy(train, unlabelled, ALONE)
     train.labels[:2] = -1
-    with pytest.raises(KnnError, match="2 of the 30 training images have none"):
+    with pytest.raises(ProtocolError, match="2 of the 30 training images have none"):
         knn_accuracy(train, train, ALONE)
 
 
 def test_what_cannot_be_judged_ends_in_a_sentence() -> None:
     train = shares(*clustered(0, 30))
-    with pytest.raises(KnnError, match="at least 100 training samples; there are 30"):
+    with pytest.raises(ProtocolError, match="at least 100 training samples; there are 30"):
         knn_accuracy(train, train, ALONE, ks=(100, 200))
     nothing = Features(*(column[:0] for column in train))
-    with pytest.raises(KnnError, match="no test samples"):
+    with pytest.raises(ProtocolError, match="no test samples"):
         knn_accuracy(train, nothing, ALONE)
     broken = train._replace(features=train.features.clone())
     broken.features[4, 1] = torch.nan
-    with pytest.raises(KnnError, match="1 of the 30 training images are not finite"):
+    with pytest.raises(ProtocolError, match="1 of the 30 training images are not finite"):
         knn_accuracy(broken, train, ALONE)
-    with pytest.raises(KnnError, match="k is 31"):
+    with pytest.raises(ProtocolError, match="k is 31"):
         knn_predict(train.features, train.labels, train.features, k=31, classes=7)
 
 
@@ -268,7 +267,7 @@ def judge_as_one_of_two(rank: int, port: int, directory: str) -> None:
         knn_accuracy(train if rank == 1 else nothing, own_test, world),
     ]
     unlabelled = own_test._replace(labels=own_test.labels - (rank == 0) * 100)
-    with pytest.raises(KnnError, match="51 of the 77 test images have none"):
+    with pytest.raises(ProtocolError, match="51 of the 77 test images have none"):
         knn_accuracy(own_train, unlabelled, world)
     torch.save(results, Path(directory) / f"{rank}.pt")
     torch.distributed.destroy_process_group()

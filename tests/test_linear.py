@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from headrace.pipelines.counters import Kind
 from headrace.pipelines.permutation import permute
 from headrace.training.features import Features
+from headrace.training.protocol import ProtocolError
 from headrace.training.protocols.linear import (
-    LinearError,
     LinearResult,
-    Sweep,
+    Options,
     Tried,
     _edge,
     _mini_batches,
@@ -29,7 +29,7 @@ from headrace.training.protocols.linear import (
 from headrace.training.world import World
 
 ALONE = World()
-QUICK = Sweep(learning_rates=(0.01, 0.1, 1.0), epochs=30, batch_size=64)
+QUICK = Options(learning_rates=(0.01, 0.1, 1.0), epochs=30, batch_size=64)
 
 
 def clustered(seed: int, samples: int, classes: int = 4, width: int = 12) -> Features:
@@ -128,7 +128,7 @@ def test_heads_do_not_know_of_each_other() -> None:
 @settings(max_examples=8, deadline=None)
 def test_scale_and_shift_of_features_do_not_matter(power: int, shift: float, seed: int) -> None:
     train, test = clustered(seed, 300), clustered(seed + 1, 100)
-    sweep = Sweep(learning_rates=(0.03, 0.3), epochs=10, batch_size=50)
+    sweep = Options(learning_rates=(0.03, 0.3), epochs=10, batch_size=50)
     result = linear_accuracy(train, test, ALONE, sweep=sweep)
 
     def moved(share: Features) -> Features:
@@ -214,25 +214,25 @@ def test_an_edge_is_told_of_a_sweep() -> None:
 def test_what_cannot_be_judged_ends_in_a_sentence() -> None:
     train = clustered(0, 30)
     few = taken(train, torch.arange(9))
-    with pytest.raises(LinearError, match="there are 9"):
+    with pytest.raises(ProtocolError, match="there are 9"):
         linear_accuracy(few, train, ALONE)
     unlabelled = train._replace(labels=torch.full_like(train.labels, -1))
-    with pytest.raises(LinearError, match="30 of the 30 test images have none"):
+    with pytest.raises(ProtocolError, match="30 of the 30 test images have none"):
         linear_accuracy(train, unlabelled, ALONE)
-    with pytest.raises(LinearError, match="no test samples"):
+    with pytest.raises(ProtocolError, match="no test samples"):
         linear_accuracy(train, taken(train, torch.arange(0)), ALONE)
     broken = train._replace(features=train.features.clone())
     broken.features[4, 1] = torch.inf
-    with pytest.raises(LinearError, match="1 of the 30 training images are not finite"):
+    with pytest.raises(ProtocolError, match="1 of the 30 training images are not finite"):
         linear_accuracy(broken, train, ALONE)
-    for sweep, sentence in (
-        (Sweep(learning_rates=()), "learning rates are"),
-        (Sweep(learning_rates=(0.1, 0.0)), "learning rates are"),
-        (Sweep(weight_decays=(-1.0,)), "weight decays are"),
-        (Sweep(epochs=0), "must be at least 1"),
+    for values, sentence in (
+        ({"learning_rates": ()}, "learning-rates are"),
+        ({"learning_rates": (0.1, 0.0)}, "learning-rates are"),
+        ({"weight_decays": (-1.0,)}, "weight-decays are"),
+        ({"epochs": 0}, "must be at least 1"),
     ):
-        with pytest.raises(LinearError, match=sentence):
-            linear_accuracy(train, train, ALONE, sweep=sweep)
+        with pytest.raises(ProtocolError, match=sentence):
+            Options(**values)
 
 
 def own_rows(share: Features, rank: int) -> Features:

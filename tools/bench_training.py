@@ -57,10 +57,10 @@ from headrace.training.inputs import (
     largest_side_pixels,
     open_train,
     open_training_loader,
-    read_subset,
     with_paths,
 )
 from headrace.training.run.directory import versions
+from headrace.training.subset import read_subset
 from headrace.training.world import World
 
 START_SECONDS = 15.0  # of a run until it is measured; a guess, corrected as time passes

@@ -13,12 +13,13 @@ from headrace.pipelines.recipe import Augmentation
 from headrace.shards.store import Store
 from headrace.training.backbones import EncoderFactory
 from headrace.training.catalogue import find_method
-from headrace.training.inputs import read_subset, sample_images
+from headrace.training.inputs import sample_images
 from headrace.training.method import Facts, Method
 from headrace.training.preset import ConfigError
 from headrace.training.run.directory import CONFIG_FILE, ENCODER_FILE
 from headrace.training.run.export import read_initial
 from headrace.training.run.record import Record
+from headrace.training.subset import read_subset
 
 
 def facts_of(

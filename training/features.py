@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from headrace.pipelines.approximation import Approximation
-from headrace.pipelines.loader import open_loader
+from headrace.pipelines.loader import Loader, open_loader
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.progress import progress_bar
 from headrace.shards.store import Store
@@ -36,9 +36,8 @@ class Features(NamedTuple):
 class FeaturePass:
     """A way through a data set, and the `Context` that a method's `before_epoch` is given.
 
-    views: single-view augmentations by name, "test" among them. batch_size: images per rank.
-    holdout, part, subset, seed: which samples, as in `open_loader`; by default all. approximate: as
-    there.
+    views: augmentations by name, "test" among them. batch_size: images per rank. holdout, part,
+    subset, seed: which samples, as in `open_loader`; by default all. approximate: as there.
     """
 
     store: Store
@@ -53,6 +52,29 @@ class FeaturePass:
     part: Literal["train", "holdout"] = "train"
     subset: NDArray[np.int64] | None = None
     approximate: tuple[Approximation, ...] = ()
+
+    def loader(self, view: str = "test") -> Loader:
+        """This rank's share of the set, once, by ascending ids: a context manager over batches."""
+        # Every picture for itself: no partner's pixels, no whole groups to be had at the end.
+        alone = replace(self.views[view], mix=None, group=1)
+        return open_loader(
+            self.store,
+            alone,
+            batch_size=self.batch_size * self.world.size,
+            seed=self.seed,
+            engine=self.engine,
+            device=self.world.device,
+            shuffle="none",
+            drop_last=False,
+            holdout=self.holdout,
+            part=self.part,
+            subset=self.subset,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            threads=self.threads,
+            passes=1,
+            approximate=self.approximate,
+        )
 
     def features(
         self, module: Callable[[Tensor], Tensor], view: str = "test"
@@ -72,72 +94,33 @@ class FeaturePass:
                 f"features are taken of one view per image; {augmentation.name!r} has "
                 f"{len(augmentation.flat_views)}"
             )
-        # One picture has one feature: no partner's pixels, no whole groups to be had at the end.
-        alone = replace(augmentation, mix=None, group=1)
-        with open_loader(
-            self.store,
-            alone,
-            batch_size=self.batch_size * self.world.size,
-            seed=self.seed,
-            engine=self.engine,
-            device=self.world.device,
-            shuffle="none",
-            drop_last=False,
-            holdout=self.holdout,
-            part=self.part,
-            subset=self.subset,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            threads=self.threads,
-            passes=1,
-            approximate=self.approximate,
-        ) as loader:
+        with self.loader(view) as loader:
             for batch in loader:
                 features = _apply(module, batch.views[0], self.batch_size, self.precision)
                 yield Features(batch.ids, features, batch.labels)
 
 
 def extract(
-    encoder: nn.Module,
-    store: Store,
-    augmentation: Augmentation,
-    *,
-    batch_size: int,
-    engine: str,
-    world: World,
-    threads: int | None = None,
-    precision: Precision = "fp32",
-    progress: str | None = None,
-    approximate: tuple[Approximation, ...] = (),
+    encoder: nn.Module, feature_pass: FeaturePass, *, progress: str | None = None
 ) -> Features:
-    """This rank's share of the whole store, on `world.device`; over all ranks every sample once.
+    """This rank's share of the pass's test view; over all ranks every sample once.
 
-    encoder: [B, 3, H, W] -> [B, D] on that device; its training mode is left as it was.
-    batch_size: images per rank. progress: what rank 0 calls the bar that it draws, None for none.
-    approximate: as in `open_loader`.
+    encoder: [B, 3, H, W] -> [B, D] on `world.device`, where the features are too; its training mode
+    is left as it was. progress: what rank 0 calls the bar that it draws, None for none.
     """
-    way = FeaturePass(
-        store,
-        {"test": augmentation},
-        batch_size,
-        engine,
-        world,
-        threads,
-        precision,
-        approximate=approximate,
-    )
+    world, samples = feature_pass.world, len(feature_pass.store)
     parts: list[Features] = []
     shown = progress is not None and world.is_main
-    with progress_bar(progress, len(store), shown=shown) as bar:
-        for part in way.batches(encoder):
+    with progress_bar(progress, samples, shown=shown) as bar:
+        for part in feature_pass.batches(encoder):
             parts.append(part)
-            bar.update(min(world.size * len(part.ids), len(store) - bar.n))
+            bar.update(min(world.size * len(part.ids), samples - bar.n))
     if parts:
         return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
     # More ranks than samples: an empty share that has the right width.
-    size = augmentation.flat_views[0].size
+    size = feature_pass.views["test"].flat_views[0].size
     blank = torch.zeros(1, 3, size, size, device=world.device)
-    width = _apply(encoder, blank, 1, precision).shape[1]
+    width = _apply(encoder, blank, 1, feature_pass.precision).shape[1]
     none = torch.zeros(0, dtype=torch.int64, device=world.device)
     return Features(none, torch.zeros(0, width, device=world.device), none.clone())
 
@@ -153,7 +136,7 @@ def _apply(
     filler = pixels[:1].expand(batch_size - len(pixels), -1, -1, -1)
     full = torch.cat([pixels, filler]) if len(filler) else pixels
     with (
-        _eval_mode(module),
+        eval_mode(module),
         torch.no_grad(),
         torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"),
     ):
@@ -161,7 +144,7 @@ def _apply(
 
 
 @contextmanager
-def _eval_mode(module: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def eval_mode(module: Callable[..., object]) -> Iterator[None]:
     """Every submodule in eval mode inside, each one's own mode back afterwards."""
     if not isinstance(module, nn.Module):
         yield

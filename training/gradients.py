@@ -56,59 +56,59 @@ def backward(
 def _accumulated(
     model: nn.Module, batches: Iterator[Batch], count: int, progress: Progress, bf16: bool
 ) -> Pass:
-    done = Pass()
+    seen = Pass()
     for part in range(count):
         batch = next(batches)
         more = part + 1 < count
         ddp = model if isinstance(model, DistributedDataParallel) else None
         with ddp.no_sync() if ddp is not None and more else nullcontext():
-            with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=bf16):
+            with _autocast(batch, bf16):
                 outputs, embeddings = model(batch, progress)
             (outputs["loss"] / count).backward()
-        done.batches.append(batch)
-        done.embeddings.append(_detached(embeddings))
-        done.outputs.append(_detached(outputs))
-    return done
+        seen.batches.append(batch)
+        seen.embeddings.append(_detached(embeddings))
+        seen.outputs.append(_detached(outputs))
+    return seen
 
 
 def _cached(
     method: nn.Module, batches: Iterator[Batch], count: int, progress: Progress, bf16: bool
 ) -> Pass:
     assert isinstance(method, Method), "a gradient cache averages gradients itself, without DDP"
-    done, states = Pass(), []
+    seen, states = Pass(), []
     for _ in range(count):
         batch = next(batches)
         states.append(_generator_states(batch.labels.device))
         with torch.no_grad(), _still_statistics(method), _autocast(batch, bf16):
             embeddings = method.embed(batch, progress)
-        done.batches.append(batch)
-        done.embeddings.append(_detached(embeddings))
-    whole = concatenate(done.batches)
+        seen.batches.append(batch)
+        seen.embeddings.append(_detached(embeddings))
+    whole = concatenate(seen.batches)
     leaves = {
-        name: torch.cat([entry[name] for entry in done.embeddings]) for name in done.embeddings[0]
+        name: torch.cat([entry[name] for entry in seen.embeddings]) for name in seen.embeddings[0]
     }
     for leaf in leaves.values():
         leaf.requires_grad_(leaf.is_floating_point())
     with _autocast(whole, bf16):
         outputs = method.objective(leaves, whole, progress)
     outputs["loss"].backward()
-    done.outputs.append(_detached(outputs))
+    seen.outputs.append(_detached(outputs))
     first = 0
-    for batch, state in zip(done.batches, states, strict=True):
+    for batch, state in zip(seen.batches, states, strict=True):
         rows = slice(first, first + len(batch))
         first += len(batch)
         _set_generator_states(batch.labels.device, state)
         with _autocast(batch, bf16):
             embeddings = method.embed(batch, progress)
-        asked = [
+        wanted = [
             (embedding, gradient[rows])
             for name, embedding in embeddings.items()
             if embedding.requires_grad and (gradient := leaves[name].grad) is not None
         ]
         torch.autograd.backward(
-            [embedding for embedding, _ in asked], [gradient for _, gradient in asked]
+            [embedding for embedding, _ in wanted], [gradient for _, gradient in wanted]
         )
-    return done
+    return seen
 
 
 def average(parameters: Sequence[Tensor], world: World) -> None:

@@ -38,7 +38,7 @@ def catch_signals() -> Iterator[Signals]:
     """Inside, the two signals are only noted: the run ends between two steps."""
     signals = Signals()
 
-    def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    def note(number: int, _frame: FrameType | None) -> None:
         signals.received = signal.Signals(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -104,7 +104,7 @@ class Guard:
         }
 
     def _memories(self) -> list[RowMemory]:
-        """Too large to copy at every step; they undo their own."""
+        """Too large to copy at every step; they undo their ids_here."""
         return [module for module in self._method.modules() if isinstance(module, RowMemory)]
 
     @torch.no_grad()
@@ -178,10 +178,10 @@ class Guard:
         return 128 + (self._signals.received or signal.SIGTERM)
 
     def _gather_ids(self, first: int) -> dict[int, list[int]]:
-        own = {
+        ids_here = {
             step: [sample for part in ids for sample in part.tolist()]
             for step, ids in self._ids
             if step >= first
         }
-        ranks = gather_objects(own)
-        return {step: [sample for rank in ranks for sample in rank[step]] for step in own}
+        ranks = gather_objects(ids_here)
+        return {step: [sample for rank in ranks for sample in rank[step]] for step in ids_here}

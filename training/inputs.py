@@ -1,10 +1,9 @@
-"""Which images a run takes: a data set's split, the subset that a file lists, the held-out ones."""
+"""Where a run's images come from: paths, splits, and the loaders over them."""
 
-from collections import Counter
 from dataclasses import replace
 from functools import cache
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -107,14 +106,14 @@ def sample_images(
         return torch.cat([batch.views[0] for batch in islice(loader, _SAMPLE_BATCHES)])
 
 
-def held_out_passes(config: Config, way: FeaturePass) -> dict[str, FeaturePass]:
+def held_out_passes(config: Config, training_pass: FeaturePass) -> dict[str, FeaturePass]:
     """The passes over held-out images by name: "holdout" of the training set, and "val"."""
     passes = {}
-    if way.holdout > 0:
-        passes["holdout"] = replace(way, part="holdout")
+    if training_pass.holdout > 0:
+        passes["holdout"] = replace(training_pass, part="holdout")
     if config.data.val is not None:
         val = open_val(config.data.val)
-        passes["val"] = replace(way, store=val, holdout=0.0, part="train", subset=None)
+        passes["val"] = replace(training_pass, store=val, holdout=0.0, part="train", subset=None)
     return passes
 
 
@@ -142,6 +141,36 @@ def open_val(path: Path) -> Store:
     return open_store(path, next((split for split in ("val", "test") if split in splits), None))
 
 
+def open_labelled(train_path: Path | None, val_path: Path | None) -> tuple[Store, Store]:
+    """(train, val), both labelled alike; val_path None stands for the split beside train.
+
+    Raises ConfigError or ShardError.
+    """
+    train, val = open_train(train_path), open_val(val_path or _beside(train_path))
+    for option, store in (("--data.train", train), ("--data.val", val)):
+        missing = int((store.labels(np.arange(len(store))) < 0).sum())
+        if missing:
+            raise ConfigError(
+                f"{option}: {missing:,} of the {len(store):,} images of {store.uri} have no label, "
+                f"and judging needs the class of each (one folder per class, for instance)"
+            )
+    if train.classes and val.classes and train.classes != val.classes:
+        raise ConfigError(
+            f"{train.uri} and {val.uri} have different classes ({len(train.classes)} and "
+            f"{len(val.classes)}, or other names or another order): their labels cannot be compared"
+        )
+    return train, val
+
+
+def _beside(train: Path | None) -> Path:
+    """The root with a val or test split that a training set belongs to."""
+    train = find_dataset() if train is None else train
+    for root in (train, train.absolute().parent):
+        if {"val", "test"}.intersection(dataset_splits(root)):
+            return root
+    raise ConfigError(f"--data.val is missing: {train} has no val or test split")
+
+
 def largest_side_pixels(store: Store) -> int:
     """Of all images, from the index alone."""
     return int(store.sizes(np.arange(len(store), dtype=np.int64)).max(initial=0))
@@ -166,56 +195,3 @@ def with_paths(config: Config) -> tuple[Config, Path]:
 
 def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.expanduser().absolute()
-
-
-def read_subset(path: Path | None, store: Store) -> NDArray[np.int64] | None:
-    """Sorted ids of the samples that a text file names, one per line, without repetition.
-
-    None, for all samples, without a file.
-    A line is an id, an original name as the store has it, or the last part of one (the form of
-    SimCLR's 1 % and 10 % lists).
-    Raises ConfigError for what is not in the store or is there more than once.
-    """
-    if path is None:
-        return None
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--data.subset {path} cannot be read: {error}") from error
-    entries = [(number, line) for number, line in enumerate(lines, 1) if line]
-    if not entries:
-        raise ConfigError(f"--data.subset {path} lists no sample")
-    names = {} if all(_is_id(line) for _, line in entries) else _ids_by_name(store)
-    found: set[int] = set()
-    for number, line in entries:
-        where = f"--data.subset {path}, line {number}: {line!r}"
-        if _is_id(line):
-            if int(line) >= len(store):
-                raise ConfigError(f"{where} is no id of {store.uri}, which has {len(store)}")
-            found.add(int(line))
-            continue
-        match = names.get(line, _MISSING)
-        if match == _MISSING:
-            raise ConfigError(f"{where} is no name of a sample in {store.uri}")
-        if match == _AMBIGUOUS:
-            raise ConfigError(f"{where} names several samples of {store.uri}: write the whole name")
-        found.add(match)
-    return np.array(sorted(found), dtype=np.int64)
-
-
-_MISSING, _AMBIGUOUS = -1, -2
-
-
-def _is_id(line: str) -> bool:
-    return line.isascii() and line.isdigit()
-
-
-def _ids_by_name(store: Store) -> dict[str, int]:
-    """Whole names and their last parts; a whole name wins over another one's last part."""
-    names = store.names(np.arange(len(store), dtype=np.int64))
-    last_parts = [PurePosixPath(name).name for name in names]
-    times = Counter(last_parts)
-    ids = {
-        part: sample if times[part] == 1 else _AMBIGUOUS for sample, part in enumerate(last_parts)
-    }
-    return ids | {name: sample for sample, name in enumerate(names)}

@@ -70,8 +70,8 @@ class Schedule:
         """Write this step's numbers into the groups; returns those of an ordinary group."""
         rate, decay = self.learning_rate_at(progress), self.weight_decay_at(progress)
         for group in optimizer.param_groups:
-            own = self.peak if group["fixed_learning_rate"] else rate
-            group["lr"] = own * group["learning_rate_scale"]
+            group_rate = self.peak if group["fixed_learning_rate"] else rate
+            group["lr"] = group_rate * group["learning_rate_scale"]
             group["weight_decay"] = decay if group["decay"] else 0.0
         return {"learning_rate": rate, "weight_decay": decay}
 

@@ -30,7 +30,6 @@ from headrace.training.inputs import (
     largest_side_pixels,
     open_train,
     open_training_loader,
-    read_subset,
     sample_images,
     with_paths,
 )
@@ -41,6 +40,7 @@ from headrace.training.run import checkpoint
 from headrace.training.run.directory import begin, locked
 from headrace.training.run.journal import open_journal
 from headrace.training.step import early_parameters, optimiser_step
+from headrace.training.subset import read_subset
 from headrace.training.validation import evaluates, validate
 from headrace.training.world import World, join, seed_layers
 

@@ -14,14 +14,15 @@ on CPUs and on the GPUs of data centres, less on others.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from headrace.shards.errors import UserError
 from headrace.shards.progress import progress_bar
+from headrace.shards.store import Store
 from headrace.training.collectives import (
     broadcast_,
     gather_objects,
@@ -29,10 +30,10 @@ from headrace.training.collectives import (
     largest_over_ranks_,
 )
 from headrace.training.features import Features
-from headrace.training.protocols.accuracy import Accuracy, problem_of, totals
+from headrace.training.protocol import Accuracy, ProtocolError, Subject, problem_of, totals
+from headrace.training.protocol_options import option
 from headrace.training.world import World
 
-NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 
 _FEATURE_STEPS = 2.0**24
@@ -40,8 +41,19 @@ _VOTE_STEPS = 2.0**44  # exp(-2 / 0.07), the least weight there is, is seven ste
 _NO_SAMPLE = torch.iinfo(torch.int64).max
 
 
-class KnnError(UserError):
-    """Features or labels that kNN cannot judge: says what is missing."""
+@dataclass(frozen=True)
+class Options:
+    k: tuple[int, ...] = option((10, 20, 100, 200), "numbers of neighbours", also="--k")
+
+    def __post_init__(self) -> None:
+        if not self.k or min(self.k) < 1:
+            raise ProtocolError(f"--knn.k is {' '.join(map(str, self.k))}; each must be at least 1")
+
+    def check(self, train: Store, val: Store) -> None:
+        """Raises ProtocolError where no k fits, or nothing is to be judged."""
+        _fitting(self.k, len(train))
+        if len(val) == 0:
+            raise ProtocolError("kNN cannot judge these features: there are no test samples")
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,40 @@ class KnnResult:
     test_samples: int
     classes: int
 
+    def shown(self) -> str:
+        """A line per k."""
+        lines = [
+            f"kNN of {self.test_samples:,} images among {self.train_samples:,} in "
+            f"{self.classes} classes",
+            "      k    top-1    top-5",
+        ]
+        for k, accuracy in self.accuracies.items():
+            lines.append(f"  {k:>5}  {accuracy.top1:5.2f} %  {accuracy.top5:5.2f} %")
+        lines += [
+            f"  k = {k} is left out: there are only {self.train_samples} training images"
+            for k in self.skipped
+        ]
+        return "\n".join(lines)
+
+    def stored(self) -> dict[str, Any]:
+        """Under "results" the accuracies by k."""
+        return {
+            "results": {str(k): asdict(accuracy) for k, accuracy in self.accuracies.items()},
+            "skipped_k": list(self.skipped),
+            "temperature": TEMPERATURE,
+        }
+
+
+def judge(subject: Subject, options: Options) -> KnnResult:
+    """kNN of the val features among the train features."""
+    return knn_accuracy(
+        subject.features("train"),
+        subject.features("val"),
+        subject.world,
+        ks=options.k,
+        progress=True,
+    )
+
 
 def normalise(features: Tensor) -> Tensor:
     """[n, D] -> float32 [n, D] of length 1, rounded to multiples of 2^-24; zero rows stay zero."""
@@ -86,10 +132,10 @@ def nearest(train: Features, queries: Tensor, count: int, tile_rows: int = 16384
         tile = slice(start, start + tile_rows)
         similarities = precise @ train.features[tile].double().T
         columns = _largest_columns(similarities, count)
-        found = Neighbours(
+        in_tile = Neighbours(
             similarities.gather(1, columns), train.ids[tile][columns], train.labels[tile][columns]
         )
-        best = merge([best, found], count)
+        best = merge([best, in_tile], count)
     return best
 
 
@@ -131,11 +177,11 @@ def knn_predict(
     The order of training rows decides between equally similar ones. N must be at least k.
     """
     if not 0 < k <= len(train_labels):
-        raise KnnError(f"k is {k}; it must be 1 to {len(train_labels)}, the training samples")
+        raise ProtocolError(f"k is {k}; it must be 1 to {len(train_labels)}, the training samples")
     ids = torch.arange(len(train_labels), device=train_labels.device)
     train = Features(ids, normalise(train_features), train_labels)
-    found = nearest(train, normalise(test_features), k)
-    return votes(found, k, classes, temperature).argsort(dim=1, descending=True, stable=True)
+    neighbours = nearest(train, normalise(test_features), k)
+    return votes(neighbours, k, classes, temperature).argsort(dim=1, descending=True, stable=True)
 
 
 def knn_accuracy(
@@ -143,7 +189,7 @@ def knn_accuracy(
     test: Features,
     world: World,
     *,
-    ks: Sequence[int] = NEIGHBOURS,
+    ks: Sequence[int] = Options.k,
     temperature: float = TEMPERATURE,
     chunk_rows: int = 512,
     progress: bool = False,
@@ -152,19 +198,14 @@ def knn_accuracy(
 
     train, test: this rank's share, in any order; over all ranks each sample exactly once.
     Top-5 counts the first min(5, k) classes, as DINO does.
-    Raises KnnError on every rank: labels are missing, features are not finite, no k fits.
+    Raises ProtocolError on every rank: labels are missing, features are not finite, no k fits.
     """
     train_samples, test_samples = totals([len(train.ids), len(test.ids)], world)
     for share, name, samples in ((train, "training", train_samples), (test, "test", test_samples)):
         if problem := problem_of(share, name, samples, world):
-            raise KnnError(f"kNN cannot judge these features: {problem}")
-    fitting = sorted({k for k in ks if 0 < k <= train_samples})
+            raise ProtocolError(f"kNN cannot judge these features: {problem}")
+    fitting = _fitting(ks, train_samples)
     skipped = tuple(sorted({k for k in ks if k > train_samples}))
-    if not fitting:
-        raise KnnError(
-            f"kNN with k = {', '.join(map(str, ks))} needs at least {max(1, min(ks))} training "
-            f"samples; there are {train_samples:,}"
-        )
     labels = torch.cat([train.labels, test.labels, train.labels.new_zeros(1)])
     classes = int(largest_over_ranks_(labels.max())) + 1
 
@@ -173,10 +214,10 @@ def knn_accuracy(
     queries = normalise(test.features)
     correct = torch.zeros(len(fitting), 2, dtype=torch.int64, device=queries.device)
     with progress_bar("kNN", test_samples, shown=progress and world.is_main) as bar:
-        for rows, found in _neighbours_of_own(bank, queries, max(fitting), world, chunk_rows, bar):
+        for rows, neighbours in _neighbours(bank, queries, max(fitting), world, chunk_rows, bar):
             labels = test.labels[rows]
             for row, k in enumerate(fitting):
-                place = _place_of_label(votes(found, k, classes, temperature), labels)
+                place = _place_of_label(votes(neighbours, k, classes, temperature), labels)
                 correct[row, 0] += (place < 1).sum()
                 correct[row, 1] += (place < min(5, k)).sum()
     summed = totals(correct.flatten().tolist(), world)
@@ -192,7 +233,18 @@ def knn_accuracy(
     )
 
 
-def _neighbours_of_own(
+def _fitting(ks: Sequence[int], train_samples: int) -> list[int]:
+    """Those that there are enough training samples for, ascending."""
+    fitting = sorted({k for k in ks if 0 < k <= train_samples})
+    if not fitting:
+        raise ProtocolError(
+            f"kNN with k = {', '.join(map(str, ks))} needs at least {max(1, min(ks))} training "
+            f"samples; there are {train_samples:,}"
+        )
+    return fitting
+
+
+def _neighbours(
     bank: Features, queries: Tensor, count: int, world: World, chunk_rows: int, bar: tqdm
 ) -> Iterator[tuple[slice, Neighbours]]:
     """(rows, their neighbours in the whole training set) for this rank's queries, in order.
@@ -253,6 +305,6 @@ def _largest_columns(values: Tensor, count: int) -> Tensor:
 
 def _place_of_label(class_votes: Tensor, labels: Tensor) -> Tensor:
     """int64 [n]: how many classes come before the true one, by votes and then class number."""
-    own = class_votes.gather(1, labels[:, None])
+    of_label = class_votes.gather(1, labels[:, None])
     lower = torch.arange(class_votes.shape[1], device=labels.device) < labels[:, None]
-    return ((class_votes > own) | ((class_votes == own) & lower)).sum(dim=1)
+    return ((class_votes > of_label) | ((class_votes == of_label) & lower)).sum(dim=1)

@@ -19,9 +19,9 @@ from zero, and nothing else is random.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,11 +31,12 @@ from torch.nn import functional as F
 
 from headrace.pipelines.counters import Kind
 from headrace.pipelines.permutation import permute
-from headrace.shards.errors import UserError
 from headrace.shards.progress import progress_bar
+from headrace.shards.store import Store
 from headrace.training.collectives import largest_over_ranks_, sum_over_ranks_
 from headrace.training.features import Features
-from headrace.training.protocols.accuracy import Accuracy, problem_of, totals
+from headrace.training.protocol import Accuracy, ProtocolError, Subject, problem_of, totals
+from headrace.training.protocol_options import option
 from headrace.training.schedules import cosine
 from headrace.training.world import World
 
@@ -45,21 +46,37 @@ _VARIANCE_SHARE = 1e-6  # of the features' mean variance, added to each: for tho
 _ROWS_AT_ONCE = 4096
 
 
-class LinearError(UserError):
-    """Features, labels or settings that no linear probe can be trained with: what is missing."""
-
-
 @dataclass(frozen=True)
-class Sweep:
+class Options:
     """What is tried, every learning rate with every weight decay.
 
     learning_rates: peaks, for mini-batches of `batch_size` samples over all ranks, not scaled.
     """
 
-    learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-    weight_decays: tuple[float, ...] = (0.0,)
-    epochs: int = 100
-    batch_size: int = 1024
+    learning_rates: tuple[float, ...] = option(
+        (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), "peaks, not scaled"
+    )
+    weight_decays: tuple[float, ...] = option((0.0,), "each with every learning rate")
+    epochs: int = option(100, "passes over the features")
+    batch_size: int = option(1024, "samples per step over all processes")
+
+    def __post_init__(self) -> None:
+        rates, decays = self.learning_rates, self.weight_decays
+        if not rates or not all(0 < rate < math.inf for rate in rates):
+            raise ProtocolError(f"--linear.learning-rates are {list(rates)}; each must be above 0")
+        if not decays or not all(0 <= decay < math.inf for decay in decays):
+            raise ProtocolError(f"--linear.weight-decays are {list(decays)}; none may be negative")
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ProtocolError(
+                f"--linear.epochs is {self.epochs} and --linear.batch-size is {self.batch_size}; "
+                f"both must be at least 1"
+            )
+
+    def check(self, train: Store, val: Store) -> None:
+        """Raises ProtocolError where nothing can choose a head, or nothing is to be judged."""
+        _held_out(len(train))
+        if len(val) == 0:
+            raise ProtocolError("a linear probe needs test samples, and there are none")
 
 
 @dataclass(frozen=True)
@@ -87,12 +104,48 @@ class LinearResult:
     chosen: Tried
     tried: tuple[Tried, ...]
     at_edge: Literal["lowest", "highest"] | None
-    sweep: Sweep
+    sweep: Options
     width: int
     train_samples: int
     held_out_samples: int
     test_samples: int
     classes: int
+
+    def shown(self) -> str:
+        """A line per head of the sweep."""
+        lines = [
+            f"linear probe of {self.test_samples:,} images, trained on {self.train_samples:,} in "
+            f"{self.classes} classes: top-1 {self.accuracy.top1:.2f} %, top-5 "
+            f"{self.accuracy.top5:.2f} %",
+            f"  learning rate  weight decay  top-1 of {self.held_out_samples:,} held-out images",
+        ]
+        for tried in self.tried:
+            mark = "  chosen" if tried == self.chosen else ""
+            lines.append(
+                f"  {tried.learning_rate:>13g}  {tried.weight_decay:>12g}  "
+                f"{tried.held_out_top1:5.2f} %{mark}"
+            )
+        if self.at_edge is not None:
+            lines.append(
+                f"  the {self.at_edge} learning rate was the best: there may be better ones "
+                f"beyond, see --linear.learning-rates"
+            )
+        return "\n".join(lines)
+
+    def stored(self) -> dict[str, Any]:
+        """Everything, under "linear"."""
+        return {"linear": asdict(self)}
+
+
+def judge(subject: Subject, options: Options) -> LinearResult:
+    """A probe of the val features, trained on the train features."""
+    return linear_accuracy(
+        subject.features("train"),
+        subject.features("val"),
+        subject.world,
+        sweep=options,
+        progress=True,
+    )
 
 
 class Heads(NamedTuple):
@@ -131,7 +184,7 @@ def linear_accuracy(
     test: Features,
     world: World,
     *,
-    sweep: Sweep | None = None,
+    sweep: Options | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> LinearResult:
@@ -139,20 +192,15 @@ def linear_accuracy(
 
     train, test: this rank's share, in any order; over all ranks each sample exactly once, with the
     ids 0 to N - 1 for training.
-    Raises LinearError on every rank: labels are missing, features are not finite, too few samples.
+    Raises ProtocolError on every rank: labels are missing, features are not finite, samples too
+    few.
     """
-    sweep = sweep or Sweep()
-    _check_sweep(sweep)
+    sweep = sweep or Options()
     samples, test_samples = totals([len(train.ids), len(test.ids)], world)
     for share, name, number in ((train, "training", samples), (test, "test", test_samples)):
         if problem := problem_of(share, name, number, world):
-            raise LinearError(f"a linear probe needs other features or labels: {problem}")
-    held_out = samples // HELD_OUT_SHARE
-    if held_out == 0:
-        raise LinearError(
-            f"a linear probe needs at least {HELD_OUT_SHARE} training samples, of which one "
-            f"chooses the learning rate; there are {samples}"
-        )
+            raise ProtocolError(f"a linear probe needs other features or labels: {problem}")
+    held_out = _held_out(samples)
     labels = torch.cat([train.labels, test.labels, train.labels.new_zeros(1)])
     classes = int(largest_over_ranks_(labels.max())) + 1
     standard = _standard(train.features, samples)
@@ -162,8 +210,8 @@ def linear_accuracy(
 
     pairs = [(rate, decay) for rate in sweep.learning_rates for decay in sweep.weight_decays]
     heads = _fit(task, pairs, sweep, leave=held_out, called="linear, sweep")
-    own = torch.from_numpy(places < held_out).to(train.features.device)
-    judged = _judge(heads, standard, train.features[own], train.labels[own])
+    held_out_rows = torch.from_numpy(places < held_out).to(train.features.device)
+    judged = _judge(heads, standard, train.features[held_out_rows], train.labels[held_out_rows])
     tried = tuple(
         Tried(
             *pair,
@@ -172,13 +220,17 @@ def linear_accuracy(
         )
         for pair, top1, cross_entropy in zip(pairs, judged.top1, judged.cross_entropy, strict=True)
     )
-    chosen = max(tried, key=lambda one: (one.held_out_top1, -(one.held_out_cross_entropy or 1e30)))
+    chosen = max(
+        tried, key=lambda head: (head.held_out_top1, -(head.held_out_cross_entropy or 1e30))
+    )
 
     pair = (chosen.learning_rate, chosen.weight_decay)
     final = _fit(task, [pair], sweep, leave=0, called="linear, chosen")
-    found = _judge(final, standard, test.features, test.labels)
+    of_test = _judge(final, standard, test.features, test.labels)
     return LinearResult(
-        accuracy=Accuracy(100 * found.top1[0] / test_samples, 100 * found.top5[0] / test_samples),
+        accuracy=Accuracy(
+            100 * of_test.top1[0] / test_samples, 100 * of_test.top5[0] / test_samples
+        ),
         chosen=chosen,
         tried=tried,
         at_edge=_edge(chosen, tried, held_out),
@@ -189,6 +241,16 @@ def linear_accuracy(
         test_samples=test_samples,
         classes=classes,
     )
+
+
+def _held_out(samples: int) -> int:
+    """How many of the training samples choose the head."""
+    if samples < HELD_OUT_SHARE:
+        raise ProtocolError(
+            f"a linear probe needs at least {HELD_OUT_SHARE} training samples, of which one "
+            f"chooses the learning rate; there are {samples}"
+        )
+    return samples // HELD_OUT_SHARE
 
 
 class _Task(NamedTuple):
@@ -207,7 +269,7 @@ class _Task(NamedTuple):
 def _fit(
     task: _Task,
     pairs: Sequence[tuple[float, float]],
-    sweep: Sweep,
+    sweep: Options,
     *,
     leave: int,
     called: str,
@@ -220,15 +282,14 @@ def _fit(
     samples = task.samples - leave
     steps = -(-samples // sweep.batch_size)
     step, total = 0, steps * sweep.epochs
-    own = np.flatnonzero(task.places >= leave)
+    trained_rows = np.flatnonzero(task.places >= leave)
+    trained = task.places[trained_rows] - leave
     shown = task.progress and world.is_main
     with progress_bar(called, sweep.epochs, unit="epochs", shown=shown) as bar:
         for epoch in range(sweep.epochs):
-            places = permute(
-                task.places[own] - leave, samples, seed=task.seed, kind=Kind.FULL, epoch=epoch
-            )
+            places = permute(trained, samples, seed=task.seed, kind=Kind.FULL, epoch=epoch)
             order = places.argsort()
-            for rows, batch in _mini_batches(own[order], places[order], samples, steps):
+            for rows, batch in _mini_batches(trained_rows[order], places[order], samples, steps):
                 rows = torch.from_numpy(rows).to(features.device)
                 inputs = task.standard(features.index_select(0, rows))
                 errors = heads(inputs).softmax(dim=2)
@@ -290,11 +351,11 @@ def _judge(heads: Heads, standard: _Standard, features: Tensor, labels: Tensor) 
     ):
         logits = heads(standard(rows))
         label = classes_of[:, None, None].expand(-1, number, 1)
-        own = logits.gather(2, label)
-        before = (logits > own) | ((logits == own) & (lower < label))
+        of_label = logits.gather(2, label)
+        before = (logits > of_label) | ((logits == of_label) & (lower < label))
         place = before.sum(dim=2).masked_fill(~logits.isfinite().all(dim=2), classes)
         hits += torch.stack([(place < 1).sum(dim=0), (place < min(5, classes)).sum(dim=0)])
-        loss += (logits.logsumexp(dim=2) - own.squeeze(2)).sum(dim=0, dtype=torch.float64)
+        loss += (logits.logsumexp(dim=2) - of_label.squeeze(2)).sum(dim=0, dtype=torch.float64)
     top1, top5 = sum_over_ranks_(hits).tolist()
     return _Judged(top1, top5, sum_over_ranks_(loss).tolist())
 
@@ -303,8 +364,8 @@ def _edge(
     chosen: Tried, tried: Sequence[Tried], held_out: int
 ) -> Literal["lowest", "highest"] | None:
     """Where no other learning rate comes within a standard error of one at the end."""
-    rates = [one.learning_rate for one in tried]
-    others = [one.held_out_top1 for one in tried if one.learning_rate != chosen.learning_rate]
+    rates = [head.learning_rate for head in tried]
+    others = [head.held_out_top1 for head in tried if head.learning_rate != chosen.learning_rate]
     share = chosen.held_out_top1 / 100
     error = 100 * math.sqrt(share * (1 - share) / held_out)
     if not others or max(others) >= chosen.held_out_top1 - error:
@@ -312,16 +373,3 @@ def _edge(
     if chosen.learning_rate == min(rates):
         return "lowest"
     return "highest" if chosen.learning_rate == max(rates) else None
-
-
-def _check_sweep(sweep: Sweep) -> None:
-    rates, decays = sweep.learning_rates, sweep.weight_decays
-    if not rates or not all(0 < rate < math.inf for rate in rates):
-        raise LinearError(f"learning rates are {list(rates)}; each must be above 0")
-    if not decays or not all(0 <= decay < math.inf for decay in decays):
-        raise LinearError(f"weight decays are {list(decays)}; none may be negative")
-    if sweep.epochs < 1 or sweep.batch_size < 1:
-        raise LinearError(
-            f"epochs are {sweep.epochs} and the batch size is {sweep.batch_size}; both must be at "
-            f"least 1"
-        )

@@ -55,10 +55,10 @@ def load(
 
 def require_same(directory: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raises CheckpointError, naming what differs, where a run would continue as another one."""
-    if found := differences(old, new):
-        more = len(found) - _DIFFERENCES_SHOWN
+    if changed := differences(old, new):
+        more = len(changed) - _DIFFERENCES_SHOWN
         raise CheckpointError(
-            f"{directory} holds another run: {'; '.join(found[:_DIFFERENCES_SHOWN])}"
+            f"{directory} holds another run: {'; '.join(changed[:_DIFFERENCES_SHOWN])}"
             + (f"; and {more} more" if more > 0 else "")
             + ". Start it as it was, or choose another --run.out"
         )

@@ -117,16 +117,16 @@ def cut_back_metrics(directory: Path, step: int) -> None:
 def versions(engine: str) -> dict[str, str]:
     """Of everything that takes part in the numbers."""
     packages = ["headrace", "torch", "torchvision", "timm", "numpy", "pillow"]
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed as a package"
+            installed[package] = "not installed as a package"
     if engine == "dali":  # one package per CUDA version
-        found |= {
+        installed |= {
             distribution.name: distribution.version
             for distribution in metadata.distributions()
             if distribution.name.startswith("nvidia-dali")
         }
-    return found
+    return installed

@@ -1,0 +1,103 @@
+"""The command line of evaluate.py: its own options, and those of every protocol."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from typing_extensions import override
+
+from headrace.training.invocation import as_typed
+from headrace.training.preset import ConfigError
+from headrace.training.protocol import (
+    ProtocolModule,
+    ProtocolOptions,
+    find_protocol,
+    protocol_names,
+)
+from headrace.training.protocol_options import add_options, options_of
+
+
+class _Parser(argparse.ArgumentParser):
+    """Whatever is wrong becomes one sentence, as everywhere else."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def parse_evaluate(
+    arguments: Sequence[str],
+) -> tuple[list[tuple[ProtocolModule, ProtocolOptions]], argparse.Namespace]:
+    """(the protocols that are asked for, by name, with their options; everything else)."""
+    first = _Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--protocol", nargs="+", default=["knn"])
+    asked = sorted(set(first.parse_known_args(arguments)[0].protocol))
+    modules = {name: find_protocol(name) for name in sorted({*asked, *protocol_names()})}
+    parser = _Parser(
+        prog=as_typed("training/evaluate.py"),
+        description="Judge a run's encoder by its frozen features of the recipe's test view, a "
+        "fixed view without augmentation, in one or several ways: its protocols.",
+        epilog=as_typed("""examples:
+  python training/evaluate.py runs/dino
+  python training/evaluate.py runs/dino --untrained --k 20 --json untrained.json
+  python training/evaluate.py runs/mae --protocol knn linear --linear.learning-rates 0.01 0.1 1
+  torchrun --standalone --nproc-per-node 8 training/evaluate.py runs/dino --data.val data/imagenet
+"""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="the run's directory")
+    add(
+        "--protocol",
+        nargs="+",
+        default=["knn"],
+        metavar="NAME",
+        help=f"{', '.join(protocol_names())}, or a module by its dotted name; several share the "
+        f"features. Default: knn",
+    )
+    add(
+        "--data.train",
+        dest="train",
+        type=Path,
+        metavar="DIR",
+        help="what the classes are learnt from; of a root with splits, train. Default: the run's",
+    )
+    add(
+        "--data.val",
+        dest="val",
+        type=Path,
+        metavar="DIR",
+        help="these are judged; of a root with splits, val, else test. Default: the run's",
+    )
+    add("--json", type=Path, metavar="FILE", help="write the results there")
+    judged = parser.add_mutually_exclusive_group()
+    judged.add_argument(
+        "--untrained", action="store_true", help="judge the weights that the run began with"
+    )
+    judged.add_argument(
+        "--pixels", action="store_true", help="judge the pixels of the test view, without a network"
+    )
+    add("--batch-size", type=_positive, default=256, help="images per process and step")
+    add("--engine", help="auto, or an engine by name; default: the run's")
+    add(
+        "--data.approximate",
+        dest="approximate",
+        metavar="NAMES",
+        help="what the engine may do differently, separated by commas; default: the run's",
+    )
+    add("--threads", type=_positive, help="of the engine, per process")
+    add("--precision", choices=["fp32", "bf16"], default="fp32")
+    add("--run.device", dest="device", choices=["auto", "cpu", "cuda"], default="auto")
+    for module in modules.values():
+        add_options(parser, module)
+    options = parser.parse_args(arguments)
+    settings = {name: options_of(module, options) for name, module in modules.items()}
+    return [(modules[name], settings[name]) for name in asked], options
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
