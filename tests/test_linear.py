@@ -4,6 +4,7 @@ import socket
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,12 +226,13 @@ def test_what_cannot_be_judged_ends_in_a_sentence() -> None:
     broken.features[4, 1] = torch.inf
     with pytest.raises(ProtocolError, match="1 of the 30 training images are not finite"):
         linear_accuracy(broken, train, ALONE)
-    for values, sentence in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"learning_rates": ()}, "learning-rates are"),
         ({"learning_rates": (0.1, 0.0)}, "learning-rates are"),
         ({"weight_decays": (-1.0,)}, "weight-decays are"),
         ({"epochs": 0}, "must be at least 1"),
-    ):
+    ]
+    for values, sentence in refused:
         with pytest.raises(ProtocolError, match=sentence):
             Options(**values)
 

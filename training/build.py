@@ -1,6 +1,5 @@
 """From names and numbers to a method with its weights: to train it, or to judge its encoder."""
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import shorten
@@ -124,8 +123,6 @@ def built_method(record: Record, train: Store, *, trained: bool) -> Method:
     weights will replace these.
     """
     samples = record.train_samples or len(train)
-    if "." in record.method and (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # where training found it
     facts = facts_of(
         record.augmentation,
         num_classes=len(train.classes) if record.classes is None else record.classes,

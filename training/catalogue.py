@@ -1,6 +1,7 @@
 """Methods by name: where the file of each is, what it offers, and its presets by name."""
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,22 +42,7 @@ def find_method(name: str) -> MethodModule:
     Raises ConfigError, listing what exists, for an unknown name, and for a module that is no
     method.
     """
-    module_name = name if "." in name else f"headrace.training.methods.{name}"
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise  # the method was found; something that it imports was not
-        if "." in name:
-            raise ConfigError(
-                f"--method {name}: there is no module {error.name!r} in the current directory or "
-                f"on the Python path"
-            ) from error
-        raise ConfigError(
-            f"--method {name} is unknown{nearest(name, method_names())}; there are "
-            f"{', '.join(method_names())} in training/methods, and any module by its dotted name"
-        ) from error
-    return _offered(name, module)
+    return _offered(name, find_module("--method", name, "methods"))
 
 
 def _offered(name: str, module: ModuleType) -> MethodModule:
@@ -89,8 +75,7 @@ def _offered(name: str, module: ModuleType) -> MethodModule:
 
 def method_names() -> list[str]:
     """The methods that are files of training/methods."""
-    files = (Path(__file__).parent / "methods").glob("*.py")
-    return sorted(file.stem for file in files if file.stem != "__init__")
+    return names_in("methods")
 
 
 def find_preset(
@@ -111,3 +96,32 @@ def find_preset(
         f"has auto, {', '.join(method.presets)}",
     )
     return preset_name, method.presets[preset_name]
+
+
+def find_module(option: str, name: str, folder: str) -> ModuleType:
+    """training/<folder>/<name>.py, or any importable module by dotted name, also in the current
+    directory. Raises ConfigError, listing what exists, for an unknown name."""
+    if "." in name and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # as `python -m` does, so that a file beside the data is found
+    module_name = name if "." in name else f"headrace.training.{folder}.{name}"
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise  # the file was found; something that it imports was not
+        if "." in name:
+            raise ConfigError(
+                f"{option} {name}: there is no module {error.name!r} in the current directory or "
+                f"on the Python path"
+            ) from error
+        names = names_in(folder)
+        raise ConfigError(
+            f"{option} {name} is unknown{nearest(name, names)}; there are {', '.join(names)} in "
+            f"training/{folder}, and any module by its dotted name"
+        ) from error
+
+
+def names_in(folder: str) -> list[str]:
+    """The files of training/<folder>."""
+    files = (Path(__file__).parent / folder).glob("*.py")
+    return sorted(file.stem for file in files if file.stem != "__init__")

@@ -61,8 +61,6 @@ def parse_command_line(
         raise ConfigError(
             f"--method is missing: choose among {', '.join(method_names())}; --help shows examples"
         )
-    if "." in chosen.method and (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # as `python -m` does, so that a method beside the data is found
     method = find_method(chosen.method)
 
     _check_options(arguments, method.presets.values())

@@ -17,13 +17,10 @@ features of a split, which all protocols of one run of evaluate.py share, the en
 images.
 """
 
-import importlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -32,9 +29,10 @@ from torch import nn
 from headrace.pipelines.loader import Loader
 from headrace.shards.errors import UserError
 from headrace.shards.store import Store
+from headrace.training.catalogue import find_module, names_in
 from headrace.training.collectives import sum_over_ranks_
 from headrace.training.features import FeaturePass, Features, extract
-from headrace.training.preset import ConfigError, nearest
+from headrace.training.preset import ConfigError
 from headrace.training.world import World
 
 Split = Literal["train", "val"]
@@ -117,41 +115,24 @@ def find_protocol(name: str) -> ProtocolModule:
     Raises ConfigError, listing what exists, for an unknown name, and for a module that is no
     protocol.
     """
-    if "." in name and (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # as `python -m` does, so that one beside the data is found
-    module_name = name if "." in name else f"headrace.training.protocols.{name}"
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise  # the protocol was found; something that it imports was not
-        if "." in name:
-            raise ConfigError(
-                f"--protocol {name}: there is no module {error.name!r} in the current directory or "
-                f"on the Python path"
-            ) from error
-        raise ConfigError(
-            f"--protocol {name} is unknown{nearest(name, protocol_names())}; there are "
-            f"{', '.join(protocol_names())} in training/protocols, and any module by its dotted "
-            f"name"
-        ) from error
+    module = find_module("--protocol", name, "protocols")
     missing = [part for part in _REQUIRED if not hasattr(module, part)]
-    if not missing and not (is_dataclass(module.Options) and hasattr(module.Options, "check")):
+    options_class: type[Any] = getattr(module, "Options", object)
+    if not missing and not (is_dataclass(options_class) and hasattr(options_class, "check")):
         missing = ["dataclass Options with a method check"]
     if missing:
         raise ConfigError(f"--protocol {name}: {module.__file__} has no {' and no '.join(missing)}")
     return ProtocolModule(
         name=name,
         description=(module.__doc__ or "").strip(),
-        options_class=module.Options,
+        options_class=options_class,
         judge=module.judge,
     )
 
 
 def protocol_names() -> list[str]:
     """The protocols that are files of training/protocols."""
-    files = (Path(__file__).parent / "protocols").glob("*.py")
-    return sorted(file.stem for file in files if file.stem != "__init__")
+    return names_in("protocols")
 
 
 # ----------------------------------------------------------- of protocols that measure accuracy
