@@ -16,6 +16,7 @@ from headrace.shards.store import Store, open_store
 from headrace.training import evaluate
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config, parse_approximations
+from headrace.training.evaluate_options import parse_evaluate
 from headrace.training.inputs import feature_pass, open_training_loader
 from headrace.training.preset import ConfigError
 from headrace.training.world import World
@@ -74,10 +75,10 @@ def test_a_name_that_there_is_not_is_one_sentence(name: str, nearest: str) -> No
 
 def test_evaluation_takes_it_too_and_else_the_runs() -> None:
     def given(*arguments: str) -> argparse.Namespace:
-        return evaluate._parse(["run", *arguments])
+        return parse_evaluate(["run", *arguments])[1]
 
     record = argparse.Namespace(approximate=("equalize-opencv",))
-    chosen = evaluate._approximate
+    chosen = evaluate.chosen_approximations
     assert chosen(record, given()) == ("equalize-opencv",)  # pyright: ignore[reportArgumentType]
     both = given("--data.approximate", BOTH)
     assert chosen(record, both) == APPROXIMATIONS  # pyright: ignore[reportArgumentType]

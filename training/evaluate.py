@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.engines import choose
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import threads_per_rank, usable_cores
@@ -89,9 +90,7 @@ def test_view_pass(
 
     Raises ConfigError for what names no approximation, Unsupported for what no engine can do.
     """
-    approximate = record.approximate
-    if options.approximate is not None:
-        approximate = parse_approximations([options.approximate])
+    approximate = chosen_approximations(record, options)
     return FeaturePass(
         store=store,
         views={"test": record.test},
@@ -102,6 +101,13 @@ def test_view_pass(
         precision=options.precision,
         approximate=approximate,
     )
+
+
+def chosen_approximations(record: Record, options: argparse.Namespace) -> tuple[Approximation, ...]:
+    """The command line's, else the run's. Raises ConfigError for what is no name of one."""
+    if options.approximate is None:
+        return record.approximate
+    return parse_approximations([options.approximate])
 
 
 def title(record: Record, options: argparse.Namespace) -> str:
