@@ -331,7 +331,7 @@ def test_a_defect_in_a_methods_code_is_a_failed_row(
     def broken(*_: Any) -> None:
         raise TypeError("a head of no width")
 
-    monkeypatch.setattr(run.module, "build", broken)
+    monkeypatch.setattr("headrace.training.methods.simclr.build", broken)
     with pytest.raises(StopIteration) as ended:
         next(job.measure(run))
     assert ended.value.value["status"] == "failed"

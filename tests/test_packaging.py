@@ -110,13 +110,13 @@ def test_the_three_commands_explain_themselves_under_their_own_names(
         said = run(tmp_path, binaries / command, "--help")
         assert f"usage: {command}" in said or f"\n  {command}" in said
         assert said.count(command) >= 2, said
-        assert ".py" not in said, said
+        assert not re.search(r"(training|tools)/\w+\.py", said), said
     said = run(tmp_path, binaries / "headrace-train", "--method", "simclr", "--help")
     assert "usage: headrace-train" in said
     for command, wrong in (
         ("headrace-shards", "usage: headrace-shards"),
         ("headrace-train", "error: --method is missing"),
-        ("headrace-evaluate", "usage: headrace-evaluate"),
+        ("headrace-evaluate", "error: the following arguments are required: RUN"),
     ):
         assert wrong in run(tmp_path, binaries / command, code=2)
 
