@@ -20,6 +20,7 @@ import torch
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import usable_cores
 from headrace.tools.bench.machine import machine
+from headrace.training import encoders  # noqa: F401  (registers them with timm)
 from headrace.training.methods.simclr import PRESETS
 from headrace.training.preset import ConfigError
 from headrace.training.run.directory import versions
