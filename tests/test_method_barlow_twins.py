@@ -108,14 +108,14 @@ def test_a_shift_of_a_channel_changes_nothing() -> None:
 
 def test_barlow_twins_biases_and_norms_have_a_learning_rate_of_their_own() -> None:
     """barlowtwins main.py: 0.2 and 0.0048, times batch / 256, after ten epochs of warm-up."""
-    recipe: Preset = module_of("barlow_twins").PRESETS["imagenet"]
-    scale = recipe.objective.bias_learning_rate_scale
+    preset: Preset = module_of("barlow_twins").PRESETS["imagenet"]
+    scale = preset.objective.bias_learning_rate_scale
     method = build("barlow_twins", "test_resnet", bias_learning_rate_scale=scale)
-    weights, others = rates(method, recipe, 10 / 1000)
+    weights, others = rates(method, preset, 10 / 1000)
     assert weights[1:] == (pytest.approx(0.2 * 8), 1e-6)
     assert others[1:] == (pytest.approx(0.0048 * 8), 0.0)
     assert others[0] == {id(p) for p in method.parameters() if p.ndim == 1}
-    ends = rates(method, recipe, 1.0)
+    ends = rates(method, preset, 1.0)
     assert [group[1] for group in ends] == [pytest.approx(0.0016), pytest.approx(3.84e-5)]
 
 

@@ -124,18 +124,18 @@ def single(augmentation: Any) -> Any:
 
 
 def bank_of(momentum: float = 0.5) -> tuple[moco.Moco, Preset]:
-    recipe = small_preset("moco", dictionary="bank", bank_momentum=momentum)
-    recipe = replace(recipe, augmentation=single(recipe.augmentation))
+    preset = small_preset("moco", dictionary="bank", bank_momentum=momentum)
+    preset = replace(preset, augmentation=single(preset.augmentation))
     factory = EncoderFactory("test_vit", {**ENCODERS["test_vit"], "img_size": 32})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        method = moco.build(recipe.objective, factory, Facts(0, 64, (32,), 16, 4, 20))
-    return method, recipe
+        method = moco.build(preset.objective, factory, Facts(0, 64, (32,), 16, 4, 20))
+    return method, preset
 
 
 def test_moco_bank_moves_the_rows_of_the_batch_alone() -> None:
-    method, recipe = bank_of(momentum=0.25)
-    batch = make_batch(recipe.augmentation)
+    method, preset = bank_of(momentum=0.25)
+    batch = make_batch(preset.augmentation)
     bank = method.memory
     assert isinstance(bank, RowMemory)
     assert len(bank) == 64
@@ -152,8 +152,8 @@ def test_moco_bank_moves_the_rows_of_the_batch_alone() -> None:
 
 
 def test_moco_bank_draws_negatives_of_the_step() -> None:
-    method, recipe = bank_of()
-    batch = make_batch(recipe.augmentation)
+    method, preset = bank_of()
+    batch = make_batch(preset.augmentation)
     with torch.no_grad():
         losses = [method(batch, progress_at(step))[0]["loss"] for step in (0, 0, 1)]
     assert losses[0] == losses[1]
@@ -180,13 +180,13 @@ def test_moco_end_to_end_trains_through_its_keys() -> None:
 def test_moco_other_dictionaries_on_two_ranks(dictionary: str, on_two_ranks: Call) -> None:
     with in_float64():
         if dictionary == "bank":
-            method, recipe = bank_of()
+            method, preset = bank_of()
         else:
-            method, recipe = moco_of(dictionary=dictionary), small_preset("moco")
+            method, preset = moco_of(dictionary=dictionary), small_preset("moco")
         method = smooth(method)
-        batches = [uneven(make_batch(recipe.augmentation, 16, seed)) for seed in range(3)]
-        one = train(method, recipe, batches, 0, 1e-2, World())
-        two = on_two_ranks(train, method, recipe, batches, 0, 1e-2)
+        batches = [uneven(make_batch(preset.augmentation, 16, seed)) for seed in range(3)]
+        one = train(method, preset, batches, 0, 1e-2, World())
+        two = on_two_ranks(train, method, preset, batches, 0, 1e-2)
         assert two[0]["digest"] == two[1]["digest"]
         for seen in two:
             assert_agrees(seen, one)

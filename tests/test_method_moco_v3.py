@@ -187,9 +187,9 @@ def test_moco_v3_passes_each_view_alone() -> None:
 
 
 def test_moco_v3_small_vision_transformer_has_the_codes_heads() -> None:
-    recipe = moco_v3.PRESETS["vit_s16_imagenet"]
+    preset = moco_v3.PRESETS["vit_s16_imagenet"]
     with torch.device("meta"):
-        encoder: Any = timm.create_model(recipe.backbone, **recipe.backbone_options)
+        encoder: Any = timm.create_model(preset.backbone, **preset.backbone_options)
     assert [block.attn.num_heads for block in encoder.blocks] == [12] * 12
 
 

@@ -271,7 +271,7 @@ def test_pcl_clusters_what_the_key_encoder_says_of_the_test_view() -> None:
             seen.append((module, view))
             return whole(self, module, view)
 
-    method.before_epoch(Noting(context.recipe), progress_at(4))
+    method.before_epoch(Noting(context.preset), progress_at(4))
     ((module, view),) = seen
     assert view == "test"
     mine = {*method.key_encoder.parameters(), *method.key_projection.parameters()}

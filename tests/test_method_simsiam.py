@@ -78,10 +78,10 @@ def test_the_loss_is_minus_1_to_1() -> None:
 def test_simsiam_predictor_keeps_its_learning_rate(progress: float) -> None:
     method = build("simsiam", "test_resnet")
     assert isinstance(method, SimSiam)
-    recipe: Preset = module_of("simsiam").PRESETS["imagenet"]
+    preset: Preset = module_of("simsiam").PRESETS["imagenet"]
     predictor = {id(p) for p in method.prediction.parameters()}
     others = {id(p) for p in method.parameters()} - predictor
-    groups = rates(method, recipe, progress)
+    groups = rates(method, preset, progress)
     assert [group[0] for group in groups] == [others, predictor]
     assert groups[0][1] == pytest.approx(0.1 * (1 + math.cos(math.pi * progress)) / 2)
     assert groups[1][1] == pytest.approx(0.1)

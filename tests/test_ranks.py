@@ -52,12 +52,12 @@ def float64() -> Iterator[None]:
 def test_two_ranks_are_one(name: str, encoder: str, on_two_ranks: Call) -> None:
     """Six steps over two epochs; and what two ranks began, one continues as if nothing were."""
     method = smooth(build(name, encoder, **changes_of(name)))
-    recipe = small_preset(name)
+    preset = small_preset(name)
     # Losses of normalised features or scaled scores are flat: the steps have to move something.
     rate = 1e-2 if name in ("ijepa", "cpc") else 1e-3
-    batches = [uneven(make_batch(recipe.augmentation, 16, seed)) for seed in range(STEPS)]
-    one = train(method, recipe, batches, 0, rate, World())
-    two = on_two_ranks(train, method, recipe, batches, 0, rate)
+    batches = [uneven(make_batch(preset.augmentation, 16, seed)) for seed in range(STEPS)]
+    one = train(method, preset, batches, 0, rate, World())
+    two = on_two_ranks(train, method, preset, batches, 0, rate)
     assert two[0]["digest"] == two[1]["digest"]
     moved = relative_error(method.state_dict(), one["state"])
     assert moved > 1e-4, "steps that change nothing would agree with anything"
@@ -65,7 +65,7 @@ def test_two_ranks_are_one(name: str, encoder: str, on_two_ranks: Call) -> None:
         assert_agrees(seen, one)
     other = copy.deepcopy(method)
     other.load_state_dict(two[0]["halfway"])
-    rest = train(other, recipe, batches[HALFWAY:], HALFWAY, rate, World())
+    rest = train(other, preset, batches[HALFWAY:], HALFWAY, rate, World())
     rest["losses"] = torch.cat([two[0]["losses"][:HALFWAY], rest["losses"]])
     assert_agrees({**rest, "first": one["first"]}, one)
 
@@ -78,10 +78,10 @@ def test_a_gradient_cache_sees_all_ranks_and_micro_batches(name: str, on_two_ran
         for key, child in module.named_children():
             if isinstance(child, nn.BatchNorm1d):
                 setattr(module, key, nn.Identity())
-    recipe = small_preset(name)
-    batch = uneven(make_batch(recipe.augmentation, 16))
-    one = cached_gradients(method, recipe, batch, 1, World())
-    for seen in on_two_ranks(cached_gradients, method, recipe, batch, 2):
+    preset = small_preset(name)
+    batch = uneven(make_batch(preset.augmentation, 16))
+    one = cached_gradients(method, preset, batch, 1, World())
+    for seen in on_two_ranks(cached_gradients, method, preset, batch, 2):
         assert relative_error(seen, one) < TOLERANCE
 
 

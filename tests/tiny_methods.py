@@ -117,8 +117,8 @@ def module_of(name: str) -> ModuleType:
 
 def small_preset(name: str, **changes: object) -> Preset:
     """The method's CIFAR preset with a small head; `changes` go over its hyper-parameters."""
-    recipe: Preset = module_of(name).PRESETS["cifar"]
-    known = {field.name for field in fields(recipe.objective)}
+    preset: Preset = module_of(name).PRESETS["cifar"]
+    known = {field.name for field in fields(preset.objective)}
     unknown = {*changes, *SMALL_OF.get(name, {})} - known
     assert not unknown, f"{name} has no hyper-parameter {unknown}"
     wanted = {**SMALL, **SMALL_OF.get(name, {}), **changes}
@@ -126,8 +126,8 @@ def small_preset(name: str, **changes: object) -> Preset:
     if "teacher" in known:
         small["teacher"] = str(tiny_teacher())
     # Ranks and micro-batches of these tests hold whole groups of 4.
-    augmentation = replace(recipe.augmentation, group=min(recipe.augmentation.group, 4))
-    return replace(recipe, objective=replace(recipe.objective, **small), augmentation=augmentation)
+    augmentation = replace(preset.augmentation, group=min(preset.augmentation.group, 4))
+    return replace(preset, objective=replace(preset.objective, **small), augmentation=augmentation)
 
 
 def build(name: str, encoder: str, *, seed: int = 0, **changes: object) -> Method:
@@ -135,12 +135,12 @@ def build(name: str, encoder: str, *, seed: int = 0, **changes: object) -> Metho
 
     Leaves torch's global generator as it was.
     """
-    recipe = small_preset(name, **changes)
-    pixels = tuple(view.size for view in recipe.augmentation.flat_views)
+    preset = small_preset(name, **changes)
+    pixels = tuple(view.size for view in preset.augmentation.flat_views)
     own = dict(ENCODERS[encoder])
-    if encoder == "test_resnet" and "norm_layer" in recipe.backbone_options:
-        own["norm_layer"] = recipe.backbone_options["norm_layer"]
-    options: dict[str, Any] = resolve_options(encoder, own, pixels, recipe.test.flat_views[0].size)
+    if encoder == "test_resnet" and "norm_layer" in preset.backbone_options:
+        own["norm_layer"] = preset.backbone_options["norm_layer"]
+    options: dict[str, Any] = resolve_options(encoder, own, pixels, preset.test.flat_views[0].size)
     facts = Facts(
         num_classes=CLASSES,
         train_samples=SAMPLES,
@@ -149,14 +149,14 @@ def build(name: str, encoder: str, *, seed: int = 0, **changes: object) -> Metho
         steps_per_epoch=EPOCH_STEPS,
         total_steps=20,
         init=tiny_teacher() if find_method(name).init_is_teacher else None,
-        mean=recipe.augmentation.mean,
-        std=recipe.augmentation.std,
-        masks=tuple(view.mask for view in recipe.augmentation.flat_views),
+        mean=preset.augmentation.mean,
+        std=preset.augmentation.std,
+        masks=tuple(view.mask for view in preset.augmentation.flat_views),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        method = module_of(name).build(recipe.objective, EncoderFactory(encoder, options), facts)
-    method.before_epoch(TinyContext(recipe), progress_at(0))
+        method = module_of(name).build(preset.objective, EncoderFactory(encoder, options), facts)
+    method.before_epoch(TinyContext(preset), progress_at(0))
     return method
 
 
@@ -231,15 +231,15 @@ def batch_of(name: str, samples: int = BATCH, seed: int = 0) -> Batch:
 class TinyContext:
     """The `Context` of `before_epoch`: the whole tiny data set, a rank's contiguous share of it."""
 
-    recipe: Preset
+    preset: Preset
     world: World = ONE
 
     def features(
         self, module: Callable[[Tensor], Tensor], view: str = "test"
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        views = {known.name: known for known in self.recipe.augmentation.views}
-        whole = self.recipe.test if view == "test" else self.recipe.augmentation
-        chosen = self.recipe.test.views[0] if view == "test" else views[view]
+        views = {known.name: known for known in self.preset.augmentation.views}
+        whole = self.preset.test if view == "test" else self.preset.augmentation
+        chosen = self.preset.test.views[0] if view == "test" else views[view]
         alone = replace(whole, views=(replace(chosen, count=1),), mix=None, group=1, draws=())
         modes = {}
         if isinstance(module, nn.Module):
@@ -292,9 +292,9 @@ def sgd(method: Method, rate: float = 0.01) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=rate)
 
 
-def rates(method: Method, recipe: Preset, progress: float) -> list[tuple[set[int], float, float]]:
+def rates(method: Method, preset: Preset, progress: float) -> list[tuple[set[int], float, float]]:
     """(ids of parameters, learning rate, weight decay) per group, as the optimiser takes them."""
-    schedule = Schedule(recipe.optim, recipe.batch_size, recipe.epochs)
+    schedule = Schedule(preset.optim, preset.batch_size, preset.epochs)
     optimizer = build_optimizer(method.param_groups(), schedule)
     schedule.apply(optimizer, progress)
     return [

@@ -51,7 +51,7 @@ def gradients(method: nn.Module) -> dict[str, Tensor]:
 
 
 def train(
-    method: Method, recipe: Preset, batches: list[Batch], first: int, rate: float, world: World
+    method: Method, preset: Preset, batches: list[Batch], first: int, rate: float, world: World
 ) -> dict[str, Any]:
     """Steps `first` and following, with plain SGD and one epoch per four steps.
 
@@ -63,7 +63,7 @@ def train(
     convert(method, world)
     model = None if len(method.phases()) > 1 else distributed(method, world)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=rate)
-    context = TinyContext(recipe, world)
+    context = TinyContext(preset, world)
     losses: list[Tensor] = []
     seen: list[dict[str, Tensor]] = []
     halfway: dict[str, Tensor] = {}
@@ -93,7 +93,7 @@ def train(
 
 
 def cached_gradients(
-    method: Method, recipe: Preset, batch: Batch, parts: int, world: World
+    method: Method, preset: Preset, batch: Batch, parts: int, world: World
 ) -> dict[str, Tensor]:
     """Of a share of the batch, in `parts` micro-batches, with a gradient cache or (1) without."""
     method, size = copy.deepcopy(method), len(batch) // world.size

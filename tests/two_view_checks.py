@@ -47,8 +47,8 @@ def assert_a_collapse_is_logged(name: str) -> None:
 
 def assert_residual_blocks_start_as_identities(name: str) -> None:
     """`zero_init_residual` of all their codes is what timm does unless told otherwise."""
-    recipe: Preset = module_of(name).PRESETS["imagenet"]
-    assert (recipe.backbone, dict(recipe.backbone_options)) == ("resnet50", {})
+    preset: Preset = module_of(name).PRESETS["imagenet"]
+    assert (preset.backbone, dict(preset.backbone_options)) == ("resnet50", {})
     last = timm.create_model("resnet50", num_classes=0).get_submodule("layer1.0.bn3").weight
     assert isinstance(last, Tensor)
     assert not last.any()
@@ -56,10 +56,10 @@ def assert_residual_blocks_start_as_identities(name: str) -> None:
 
 def assert_views_are_those_of_barlow_twins(name: str) -> None:
     """barlowtwins main.py and vicreg augmentations.py, the same in both."""
-    recipe: Preset = module_of(name).PRESETS["imagenet"]
-    kinds = [[type(op).__name__ for op in view.ops] for view in recipe.augmentation.views]
+    preset: Preset = module_of(name).PRESETS["imagenet"]
+    kinds = [[type(op).__name__ for op in view.ops] for view in preset.augmentation.views]
     shared = ["RandomResizedCrop", "Flip", "ColorJitter", "Grayscale", "GaussianBlur"]
     assert kinds == [shared, [*shared, "Solarize"]]
-    crop = recipe.augmentation.views[0].ops[0]
+    crop = preset.augmentation.views[0].ops[0]
     assert crop == replace(recipes.byol().views[0].ops[0])
-    assert recipe.augmentation.name == name
+    assert preset.augmentation.name == name

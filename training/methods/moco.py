@@ -198,7 +198,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Moco
 
 _V1 = Objective(temperature=0.07, projection_layers=1)
 _SGD = Optim(name="sgd", learning_rate=0.03, warmup_epochs=0, weight_decay=1e-4)
-_V1_RECIPE = Preset(
+_V1_PRESET = Preset(
     backbone="resnet50",
     backbone_options={"zero_init_last": False},
     augmentation=recipes.moco_v1(),
@@ -214,22 +214,22 @@ _ONE_VIEW = replace(recipes.moco_v1().views[0], count=1)
 
 PRESETS = {
     "imagenet": replace(
-        _V1_RECIPE,
+        _V1_PRESET,
         augmentation=recipes.moco_v2(),
         optim=_SGD,
         objective=Objective(),
         notes="v2. Linear 67.5 +- 0.1 after 200 epochs (the code's README), 71.1 after 800.",
     ),
-    "v1_imagenet": _V1_RECIPE,
+    "v1_imagenet": _V1_PRESET,
     "end_to_end": replace(
-        _V1_RECIPE,
+        _V1_PRESET,
         batch_size=1024,
         objective=replace(_V1, dictionary="batch"),
         notes="Figure 2a: v1 but for the dictionary, with the largest batch that the paper could "
         "hold, and the learning rate scaled with it, as it found necessary.",
     ),
     "memory_bank": replace(
-        _V1_RECIPE,
+        _V1_PRESET,
         augmentation=replace(recipes.moco_v1(), name="memory_bank", views=(_ONE_VIEW,)),
         objective=replace(_V1, dictionary="bank"),
         notes="Figure 2b: v1 but for the dictionary. Linear 58.0. The paper does not give the "
