@@ -9,10 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 
+from headrace.training.build import trained_encoder
 from headrace.training.catalogue import find_method
+from headrace.training.inputs import open_train
 from headrace.training.run import checkpoint
+from headrace.training.run.record import read_record
 from tests.tiny_methods import CLASSES, NAMES, module_of, small_preset, tiny_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,3 +98,11 @@ def test_a_run_goes_on_where_it_stopped_and_its_encoder_is_judged(
         assert judge(judged) == 0
     result = json.loads((tmp_path / "knn.json").read_text())
     assert result["step"] == STEPS
+    own_networks = {"cmc", "cpc", "deepcluster"}  # of several timm models, or in front of one
+    assert (tmp_path / "whole" / "encoder").is_dir() == (name not in own_networks)
+    if name not in own_networks:
+        encoder = trained_encoder(read_record(tmp_path / "whole"), open_train(data)).eval()
+        network = timm.create_model(f"local-dir:{tmp_path / 'whole/encoder'}", pretrained=True)
+        pictures = torch.randn(4, 3, 32, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(network.eval()(pictures), encoder(pictures))

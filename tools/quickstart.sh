@@ -77,12 +77,12 @@ took $((SECONDS - STARTED)) s after $INSTALL_SECONDS s of installation; this is 
   $RUN/views.png            the augmented views that it learnt from
   $RUN/neighbours.png       nearest neighbours of ten images, before and after
   $RUN/curves.png           loss, images/s, waiting
-  $RUN/encoder.safetensors  the encoder
+  $RUN/encoder              the encoder, with the pictures that it expects
   $RUN/checkpoint.pt        everything needed to go on training
   $DATA                     shards, train and test
 
 The encoder elsewhere: import headrace.training.encoders, then
-  timm.create_model("small_convnet", num_classes=0, whiten=True, checkpoint_path="$RUN/encoder.safetensors")
+  timm.create_model("local-dir:$RUN/encoder", pretrained=True)
 Your own images: python tools/make_shards.py PHOTOS; python training/train.py --method simclr
 Another method, DINO, which wants hours rather than minutes:
   python training/train.py --method dino --preset cifar --data.train $DATA

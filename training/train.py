@@ -19,6 +19,7 @@ from headrace.training import optim
 from headrace.training.backbones import resolve_options
 from headrace.training.blocks import norm
 from headrace.training.build import build_method, facts_of
+from headrace.training.catalogue import find_method
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config, steps_between, total_steps
 from headrace.training.ending import run_and_exit
@@ -38,7 +39,9 @@ from headrace.training.method import Method, Progress
 from headrace.training.parallel import model_for
 from headrace.training.run import checkpoint
 from headrace.training.run.directory import begin, locked
+from headrace.training.run.export import timm_config
 from headrace.training.run.journal import open_journal
+from headrace.training.run.what_now import what_now
 from headrace.training.step import early_parameters, optimiser_step
 from headrace.training.subset import read_subset
 from headrace.training.validation import evaluates, validate
@@ -122,6 +125,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
         if before["step"] % epoch_steps:
             follow_table(loader, method, Progress(before["step"], steps, epoch_steps, run.seed))
         loader.load_state_dict(before["loader"])
+    network = timm_config(method.encoder, config.test, store.classes)
     start = before["step"] if before else 0
     meters = Meters(world, data.batch_size, before["meters"] if before else None)
     if world.is_main and start < steps:
@@ -198,11 +202,12 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
             if saving or verdict.stop:
                 with meters.paused():
                     journal.flush()
-                    checkpoint.save_step(out, state(done), method.exports(), world)
+                    checkpoint.save_step(out, state(done), method.exports(), network, world)
             if verdict.stop and done < steps:
                 journal.say(f"{guard.signal_name}: saved; the same command goes on at step {done}")
                 return guard.exit_code
         journal.say(f"finished: {out} is at step {steps} of {steps}")
+        journal.say(what_now(out, network, find_method(config.method).judged_by))
     return 0
 
 

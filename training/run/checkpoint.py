@@ -12,7 +12,7 @@ import torch
 from headrace.pipelines.differences import differences
 from headrace.shards.atomic import atomic_file
 from headrace.training.run.directory import CHECKPOINT_FILE, CheckpointError
-from headrace.training.run.export import export
+from headrace.training.run.export import TimmConfig, export_all
 from headrace.training.world import World
 
 FORMAT = 2
@@ -68,12 +68,13 @@ def save_step(
     directory: Path,
     state: Mapping[str, Any],
     exports: Mapping[str, Mapping[str, torch.Tensor]],
+    network: TimmConfig,
     world: World,
 ) -> None:
-    """Everything needed to continue, and `Method.exports`. Taken on every rank, rank 0 writes."""
+    """Everything needed to continue, and `Method.exports` for timm. Taken on every rank, rank 0
+    writes."""
     if world.is_main:
-        for name, weights in exports.items():
-            export(weights, directory / f"{name}.safetensors")
+        export_all(exports, directory, network)
         save(directory / CHECKPOINT_FILE, state)
 
 

@@ -3,8 +3,10 @@
 config.json            resolved configuration, versions, fingerprint of the stream, command line
 metrics.jsonl          a line per logged step
 checkpoint.pt          everything needed to continue, replaced as a whole
-encoder.safetensors    the encoder as timm reads it, of the same step
-classifier.safetensors the same with its last layer, of methods that train one
+encoder/               the encoder of the same step for timm, with the pictures that it expects:
+                       timm.create_model("local-dir:RUN/encoder", pretrained=True)
+encoder.safetensors    its weights alone: the same file under a second name
+classifier/ .safetensors  the same with its last layer, of methods that train one
 tensorboard/           the metrics again
 lock                   held by the process that writes here; contains its id
 failed-step-N.pt       the state before step N, whose loss was not finite
