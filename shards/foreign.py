@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from headrace.shards.index import ENCODED, INDEX_DTYPE, Index, ShardError, encod
 from headrace.shards.index import write_index as write_index_files
 from headrace.shards.mapping import map_file
 from headrace.shards.progress import progress_bar
-from headrace.shards.webdataset import scan_tar
+from headrace.shards.tar_labels import TarLabels, number_labels, read_class_names, renumbered
+from headrace.shards.tar_samples import TarScan, scan_tar
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 CACHE_PREFIX = ".headrace-index-"
 SOURCE_FILE = "source.json"
 FOLDER_EXTENSIONS = frozenset(
@@ -40,11 +41,25 @@ _HEADER_BYTES = 1 << 16  # read of a loose file at first; the frame header is ne
 
 @dataclass(frozen=True)
 class Foreign:
-    """What stands in for a manifest: index, class names, and the fingerprint of names and rows."""
+    """What stands in for a manifest: index, class names, and the fingerprint of names and rows.
+
+    notes: sentences about what a user may not expect.
+    """
 
     index: Index
     classes: tuple[str, ...]
     fingerprint: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """What an index is made of. rows: [n] of `INDEX_DTYPE`, names: one for each."""
+
+    rows: NDArray[np.void]
+    names: list[str]
+    classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,15 +82,35 @@ def fingerprint_of(files: Iterable[tuple[str, int]], rows: NDArray[np.void], nam
 def open_tars(paths: tuple[Path, ...]) -> Foreign:
     """Index of WebDataset tars, each a shard, in the order given."""
     files = [_file(path, path.name) for path in paths]
+    class_names = read_class_names(paths[0].parent)
 
-    def build() -> tuple[NDArray[np.void], list[str]]:
-        return _scan_tars(paths, sum(file.size_bytes for file in files))
+    def build() -> _Gathered:
+        return _scan_tars(paths, class_names, sum(file.size_bytes for file in files))
 
     identity = [str(path) for path in paths]
-    return _cached(paths[0].parent, identity, files, (), build, beside=True)
+    return _cached(paths[0].parent, identity, files, class_names, build, beside=True)
 
 
-def _scan_tars(paths: tuple[Path, ...], total_bytes: int) -> tuple[NDArray[np.void], list[str]]:
+def numbered_by(foreign: Foreign, train: Foreign, where: str) -> Foreign:
+    """`foreign` with the class numbers of the set's training split. Raises `ShardError`."""
+    if not train.classes or foreign.classes in ((), train.classes):
+        return foreign
+    labels = foreign.index.rows["label"].astype(np.int64)
+    there = TarLabels([labels], foreign.classes)
+    (numbers,) = renumbered(there, train.classes, where).labels
+    if np.array_equal(numbers, labels):
+        return replace(foreign, classes=train.classes)
+    rows = np.array(foreign.index.rows)
+    rows["label"] = numbers
+    index = Index(rows, foreign.index.names)
+    fingerprint = _hash_of([foreign.fingerprint, train.classes])
+    return Foreign(index, train.classes, fingerprint, foreign.notes)
+
+
+def _scan_tars(
+    paths: tuple[Path, ...], class_names: tuple[str, ...], total_bytes: int
+) -> _Gathered:
+    scans: list[TarScan] = []
     tables, names = [], []
     bad = _BadFiles()
     with progress_bar(
@@ -83,27 +118,27 @@ def _scan_tars(paths: tuple[Path, ...], total_bytes: int) -> tuple[NDArray[np.vo
     ) as progress:
         for shard, path in enumerate(paths):
             data = map_file(path)
-            images = list(scan_tar(path))
-            rows = np.zeros(len(images), INDEX_DTYPE)
+            scan = scan_tar(path)
+            scans.append(scan)
+            rows = np.zeros(len(scan.images), INDEX_DTYPE)
             rows["shard"], rows["encoding"] = shard, ENCODED
-            for row, image in zip(rows, images, strict=True):
+            for row, image in zip(rows, scan.images, strict=True):
                 try:
                     header = read_header(data[image.offset : image.offset + image.length].data)
                 except HeaderError as error:
                     bad.add(f"{image.name} in {path}", error)
                     continue
-                row["offset"], row["length"], row["label"] = (
-                    image.offset,
-                    image.length,
-                    image.label,
-                )
+                row["offset"], row["length"] = image.offset, image.length
                 row["height"], row["width"] = header.height, header.width
                 names.append(image.name)
                 progress.update(image.length)
-            progress.update(len(data) - sum(image.length for image in images))
+            progress.update(len(data) - sum(image.length for image in scan.images))
             tables.append(rows)
     bad.refuse("write the tars again without them")
-    return np.concatenate(tables), names
+    labels = number_labels(paths, scans, class_names)
+    rows = np.concatenate(tables)
+    rows["label"] = np.concatenate(labels.labels)
+    return _Gathered(rows, names, labels.classes, labels.notes)
 
 
 def open_folder(root: Path) -> Foreign:
@@ -134,10 +169,12 @@ def open_folder(root: Path) -> Foreign:
     images = in_classes or [(name, -1) for name in loose]
     files = [_file(root / name, name) for name, _ in images]
 
-    def build() -> tuple[NDArray[np.void], list[str]]:
-        return _read_headers(root, images, files), [name for name, _ in images]
-
     known_classes = classes if in_classes else ()
+
+    def build() -> _Gathered:
+        rows = _read_headers(root, images, files)
+        return _Gathered(rows, [name for name, _ in images], known_classes)
+
     return _cached(root, [str(root)], files, known_classes, build, beside=False)
 
 
@@ -222,14 +259,14 @@ def _cached(
     identity: list[str],
     files: list[_File],
     classes: tuple[str, ...],
-    build: Callable[[], tuple[NDArray[np.void], list[str]]],
+    build: Callable[[], _Gathered],
     *,
     beside: bool,
 ) -> Foreign:
     """The index kept for these files in this state, or the one that `build` makes now.
 
-    identity: absolute paths. build: gives rows and names. beside: keep it in `directory` if that
-    can be written, else (and without `beside`) in the user's cache.
+    identity: absolute paths. classes: what the index depends on besides the files. beside: keep it
+    in `directory` if that can be written, else (and without `beside`) in the user's cache.
 
     The directory's name holds a hash of the paths and one of the files' state, and SOURCE_FILE is
     written last: processes that build the same index at once write the same bytes.
@@ -246,15 +283,19 @@ def _cached(
         if (parent / name / SOURCE_FILE).is_file():
             return _read_cached(parent / name)
     parent = directory if beside and os.access(directory, os.W_OK) else user_cache()
-    rows, names = build()
+    gathered = build()
     try:
         (parent / name).mkdir(parents=True, exist_ok=True)
-        write_index_files(parent / name, rows, names)
+        write_index_files(parent / name, gathered.rows, gathered.names)
         index = read_index(parent / name)
         fingerprint = fingerprint_of(
             ((f.name, f.size_bytes) for f in files), index.rows, index.names.tobytes()
         )
-        source = {"classes": classes, "fingerprint": fingerprint}
+        source = {
+            "classes": gathered.classes,
+            "fingerprint": fingerprint,
+            "notes": gathered.notes,
+        }
         with atomic_file(parent / name / SOURCE_FILE) as file:
             file.write(json.dumps(source).encode("ascii"))
     except OSError as error:
@@ -265,19 +306,28 @@ def _cached(
     for stale in parent.glob(f"{CACHE_PREFIX}{place}-*"):
         if stale.name != name:
             shutil.rmtree(stale, ignore_errors=True)
-    return Foreign(index, classes, fingerprint)
+    return Foreign(index, gathered.classes, fingerprint, gathered.notes)
 
 
 def _read_cached(directory: Path) -> Foreign:
     try:
         source = json.loads((directory / SOURCE_FILE).read_bytes())
-        return Foreign(read_index(directory), tuple(source["classes"]), source["fingerprint"])
+        return Foreign(
+            read_index(directory),
+            tuple(source["classes"]),
+            source["fingerprint"],
+            tuple(source["notes"]),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{directory} is damaged ({error}): delete it, it is made anew") from error
 
 
 def _hash16(values: list[Any]) -> str:
-    return sha256(json.dumps(values).encode("ascii")).hexdigest()[:16]
+    return _hash_of(values)[:16]
+
+
+def _hash_of(values: list[Any]) -> str:
+    return sha256(json.dumps(values).encode("ascii")).hexdigest()
 
 
 def user_cache() -> Path:

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from headrace.shards.beton import read_beton_index
-from headrace.shards.foreign import fingerprint_of, open_folder, open_tars
-from headrace.shards.index import RAW, Index, ShardError, read_index
-from headrace.shards.manifest import MANIFEST_FILE, read_manifest
+from headrace.shards.foreign import fingerprint_of, numbered_by, open_folder, open_tars
+from headrace.shards.index import INDEX_FILE, RAW, Index, ShardError, read_index
+from headrace.shards.manifest import MANIFEST_FILE, PARTS_DIRECTORY, read_manifest
 from headrace.shards.mapping import MappedFiles
+from headrace.shards.sources.tars import TarSet, recognise_tars, refuse_packed, tar_set
 
 SPLITS = ("train", "val", "test")
 _PATTERN = re.compile(r"[*?\[{]")
@@ -88,14 +89,22 @@ class IndexedStore:
         shard_starts: NDArray[np.int64],
         index: Index,
         files: _Bytes | None,
+        *,
+        notes: tuple[str, ...] = (),
+        split: str | None = None,
     ) -> None:
-        """files: None where every sample is a file of its own, named by the index below `uri`."""
+        """files: None where every sample is a file of its own, named by the index below `uri`.
+
+        notes: sentences about what a user may not expect. split: of what lies at `uri`.
+        """
         self.uri = uri
         self.fingerprint = fingerprint
         self.classes = classes
         self.shard_starts = shard_starts
+        self.notes = notes
         self._index = index
         self._files = files
+        self._split = split
 
     def __len__(self) -> int:
         return len(self._index)
@@ -164,7 +173,7 @@ class IndexedStore:
         return ids.astype(np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.uri, self.fingerprint)
+        return _reopen, (self.uri, self.fingerprint, self._split)
 
 
 def _with_pnm_header(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
@@ -174,8 +183,8 @@ def _with_pnm_header(pixels: NDArray[np.uint8], height: int, width: int) -> NDAr
     return image
 
 
-def _reopen(uri: str, fingerprint: str) -> Store:
-    store = open_store(uri)
+def _reopen(uri: str, fingerprint: str, split: str | None) -> Store:
+    store = open_store(uri, split)
     if store.fingerprint != fingerprint:
         raise ShardError(f"{uri} changed between two openings by one program: start it again")
     return store
@@ -185,7 +194,8 @@ def open_store(uri: str | Path, split: str | None = None) -> Store:
     """Open a data set.
 
     uri: a directory that make_shards wrote, or its root with splits; a .beton file; WebDataset tars
-    (path, glob, brace pattern such as `x-{000000..000012}.tar`); a folder of images, one directory
+    (path, glob, brace pattern such as `x-{000000..000012}.tar`, or a folder of them, with splits in
+    the names); a folder of images, one directory
     per class or flat, or a root of such folders called train, val, test.
     split: which one of a root that has splits; without effect where there are none.
     Raises `ShardError`: nothing there, not recognised, a split missing or not chosen, a shard
@@ -198,9 +208,11 @@ def open_store(uri: str | Path, split: str | None = None) -> Store:
     if path.is_dir():
         return _open_directory(path, split)
     if path.is_file():
-        return _open_beton(path) if path.suffix == ".beton" else _open_tars(str(path), (path,))
+        if path.suffix == ".beton":
+            return _open_beton(path)
+        return _open_tars(str(path), (path,), None)
     if _PATTERN.search(text):
-        return _open_tars(str(path), tuple(_expand(str(path))))
+        return _open_tars(str(path), tuple(_expand(str(path))), split)
     raise ShardError(f"{path} does not exist; {_EXPECTED}")
 
 
@@ -212,6 +224,9 @@ def dataset_splits(root: str | Path) -> tuple[str, ...]:
     written = tuple(split for split in SPLITS if (path / split / MANIFEST_FILE).is_file())
     if written:
         return written
+    tars = _tars_of_others(path)
+    if tars is not None:
+        return tuple(split for split in SPLITS if split in tars.splits)
     directories = {
         entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != "."
     }
@@ -252,6 +267,9 @@ def _open_directory(path: Path, split: str | None) -> Store:
     if (path / MANIFEST_FILE).is_file():
         return _open_written(path)
     splits = dataset_splits(path)
+    tars = _tars_of_others(path)
+    if tars is not None:
+        return _open_tar_set(str(path), tars, split)
     if splits:
         listed = ", ".join(splits)
         if split is None:
@@ -265,11 +283,21 @@ def _open_directory(path: Path, split: str | None) -> Store:
             f"{path} holds {shards[0]} and no {MANIFEST_FILE}: if make_shards was writing it, run "
             f"it again to finish; if others made it, name the files (such as {path}/*.tar)"
         )
+    refuse_packed(path)
     foreign = open_folder(path)
     shard_starts = np.array([0, len(foreign.index)], np.int64)
     return IndexedStore(
         str(path), foreign.fingerprint, foreign.classes, shard_starts, foreign.index, None
     )
+
+
+def _tars_of_others(path: Path) -> TarSet | None:
+    """None for what make_shards wrote or is writing."""
+    folders = (path, *(path / split for split in SPLITS))
+    ours = (MANIFEST_FILE, INDEX_FILE, PARTS_DIRECTORY)
+    if any((folder / name).exists() for folder in folders for name in ours):
+        return None
+    return recognise_tars(path)
 
 
 def _open_written(path: Path) -> Store:
@@ -317,11 +345,30 @@ def _open_beton(path: Path) -> Store:
     )
 
 
-def _open_tars(uri: str, paths: tuple[Path, ...]) -> Store:
-    others = [path for path in paths if path.suffix != ".tar"]
-    if others:
-        raise ShardError(f"{others[0]} is neither .tar nor .beton; {_EXPECTED}")
+def _open_tars(uri: str, paths: tuple[Path, ...], split: str | None) -> Store:
+    """Tars named one by one; where their names hold several splits, those of one."""
+    for path in paths:
+        if path.suffix != ".tar":
+            refuse_packed(path)
+            raise ShardError(f"{path} is neither .tar nor .beton; {_EXPECTED}")
+    tars = tar_set(paths, named=True)
+    if tars is None or tars.splits.keys() == {""}:
+        tars, split = TarSet({"": paths}), None
+    return _open_tar_set(uri, tars, split)
+
+
+def _open_tar_set(uri: str, tars: TarSet, split: str | None) -> Store:
+    if "" in tars.splits:
+        split = None
+    elif split is None or split not in tars.splits:
+        listed = ", ".join(tars.splits)
+        wanted = "choose one" if split is None else f"and no {split!r}"
+        raise ShardError(f"{uri} has tars of the splits {listed}: {wanted}")
+    paths = tars.splits[split or ""]
     foreign = open_tars(paths)
+    if split is not None and split != "train" and "train" in tars.splits:
+        train = open_tars(tars.splits["train"])
+        foreign = numbered_by(foreign, train, f"the {split} tars of {uri}")
     per_shard = np.bincount(foreign.index.rows["shard"], minlength=len(paths))
     return IndexedStore(
         uri,
@@ -330,6 +377,8 @@ def _open_tars(uri: str, paths: tuple[Path, ...]) -> Store:
         np.concatenate(([0], np.cumsum(per_shard))).astype(np.int64),
         foreign.index,
         MappedFiles(paths, tuple(path.stat().st_size for path in paths)),
+        notes=foreign.notes,
+        split=split,
     )
 
 

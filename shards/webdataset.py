@@ -1,4 +1,4 @@
-"""WebDataset tar shards: write ours, list anybody's.
+"""WebDataset tar shards of ours, written. `tar_samples` reads them, and anybody else's.
 
 Ours are plain USTAR files whose bytes depend on the records alone (fixed time, owner and mode),
 so every WebDataset reader takes them and two conversions can be compared by hash. The image of a
@@ -6,14 +6,12 @@ sample lies in the tar as it is; the index points straight at it, and nothing ha
 """
 
 import json
-import os
 import struct
 import tarfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,39 +19,10 @@ from numpy.typing import NDArray
 from headrace.shards.atomic import HashedFile, atomic_file
 from headrace.shards.index import ENCODED, INDEX_DTYPE, Record, ShardError, content_hash
 from headrace.shards.manifest import ShardFile, read_manifest
+from headrace.shards.tar_samples import BLOCK_BYTES, Member, iterate_members
 
-BLOCK_BYTES = 512
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
-"""Extensions that mark the image of a sample, the preferred one first."""
-LABEL_EXTENSIONS = ("cls", "label", "json")
-"""Extensions that may hold a sample's label, asked in this order."""
 _OWNER = "headrace"
 _MODE = 0o444
-_LABEL_BYTES_AT_MOST = 1 << 20  # a .json may be long; a label member beyond this is something else
-
-
-class Member(NamedTuple):
-    """A file in a tar: its name, and where its bytes lie."""
-
-    name: str
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class TarImage:
-    """The image of one sample of a tar: member name, place of its bytes, label (-1 = none)."""
-
-    key: str
-    extension: str
-    offset: int
-    length: int
-    label: int
-
-    @property
-    def name(self) -> str:
-        """The member's name as it stands in the tar, extension in lower case."""
-        return f"{self.key}.{self.extension}"
 
 
 def write_tar(
@@ -130,114 +99,6 @@ def _members_of(path: Path, record: Record) -> dict[str, bytes]:
         "json": json.dumps(description, sort_keys=True).encode("ascii"),
         "label": struct.pack("<i", record.label),
     }
-
-
-def iterate_members(path: Path) -> Iterator[Member]:
-    """The regular files of an uncompressed tar, in order.
-
-    Raises `ShardError` if the file is no tar, is compressed, or ends too early.
-    """
-    try:
-        with tarfile.open(path, "r:") as archive:
-            while (member := archive.next()) is not None:
-                # Otherwise tarfile keeps every header in memory.
-                archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
-                if not member.isreg():
-                    continue
-                if member.issparse():
-                    raise ShardError(f"{path}: {member.name} is stored sparse; pack it plainly")
-                yield Member(member.name, member.offset_data, member.size)
-            end = archive.offset
-    except tarfile.TarError as error:
-        raise ShardError(
-            f"{path} is not a whole, uncompressed tar ({error}): unpack it from its compression, "
-            "or fetch it again"
-        ) from error
-    # tarfile takes a damaged header for the end; the true end is a block of zeros.
-    with path.open("rb") as file:
-        if os.pread(file.fileno(), BLOCK_BYTES, end) != bytes(BLOCK_BYTES):
-            raise ShardError(f"{path} is damaged or cut off at byte {end}: fetch or write it again")
-
-
-def scan_tar(path: Path) -> Iterator[TarImage]:
-    """The samples of anybody's WebDataset tar, in order of their images.
-
-    Members belong together by path up to the first dot of the file name, the rest is the
-    extension, upper case or not. Members of a sample need not be neighbours. The label comes from
-    `.cls` (ASCII), else `.label` (ASCII or little-endian int32/int64), else an integer "label" or
-    "cls" in `.json`; -1 if there is none. Samples without an image are passed over.
-    Raises `ShardError` if there is no image at all, if a sample has one member twice, or if `.cls`
-    or `.label` is not an integer.
-    """
-    samples: dict[str, dict[str, Member]] = {}
-    file_bytes = path.stat().st_size
-    for member in iterate_members(path):
-        if member.offset + member.length > file_bytes:
-            raise ShardError(f"{path} ends inside {member.name}: fetch or write it again")
-        directory, _, base = member.name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        if not stem or not dot:
-            continue  # hidden files, and metadata of the tar itself
-        key = f"{directory}/{stem}" if directory else stem
-        sample = samples.setdefault(key, {})
-        extension = extension.lower()
-        if extension in sample:
-            raise ShardError(
-                f"{path} holds {key}.{extension} twice: keys must be unique within a tar, and a "
-                "key ends at the first dot of the file name"
-            )
-        sample[extension] = member
-    with path.open("rb") as file:
-        images = 0
-        for key, sample in samples.items():
-            extension = next((name for name in IMAGE_EXTENSIONS if name in sample), None)
-            if extension is None:
-                continue
-            images += 1
-            image = sample[extension]
-            label = _label(path, key, sample, file)
-            yield TarImage(key, extension, image.offset, image.length, label)
-    if not images:
-        seen = sorted({extension for sample in samples.values() for extension in sample})[:10]
-        raise ShardError(
-            f"{path} holds no image: members with the extensions {', '.join(IMAGE_EXTENSIONS)} "
-            f"are images, found: {', '.join(seen) or 'no member'}"
-        )
-
-
-def _label(path: Path, key: str, sample: dict[str, Member], file: BinaryIO) -> int:
-    for extension in LABEL_EXTENSIONS:
-        member = sample.get(extension)
-        if member is None or member.length > _LABEL_BYTES_AT_MOST:
-            continue
-        data = os.pread(file.fileno(), member.length, member.offset)
-        label = _parse_label(extension, data)
-        if label is None:
-            continue
-        if not isinstance(label, int) or not -1 <= label < 1 << 31:
-            raise ShardError(
-                f"{path}: the label of {key} in .{extension} is {label!r}; a class number from 0, "
-                "or -1 for none, is expected"
-            )
-        return label
-    return -1
-
-
-def _parse_label(extension: str, data: bytes) -> int | bytes | None:
-    """An int, None if the member says nothing of a class number, or the bytes that are not one."""
-    if extension == "json":
-        try:
-            values = json.loads(data)
-        except ValueError:
-            return None
-        label = values.get("label", values.get("cls")) if isinstance(values, dict) else None
-        return label if isinstance(label, int) and not isinstance(label, bool) else None
-    try:
-        return int(data)
-    except ValueError:
-        if extension == "label" and len(data) in (4, 8):
-            return int.from_bytes(data, "little", signed=True)
-        return data[:40]
 
 
 def export_dali_index(directory: Path) -> list[Path]:

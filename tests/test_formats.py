@@ -35,7 +35,8 @@ from headrace.shards.manifest import (
     write_manifest,
 )
 from headrace.shards.store import open_store
-from headrace.shards.webdataset import export_dali_index, scan_tar, write_tar
+from headrace.shards.tar_samples import scan_tar
+from headrace.shards.webdataset import export_dali_index, write_tar
 
 
 def picture(seed: int, height: int, width: int, mode: str = "RGB") -> Image.Image:
@@ -298,7 +299,7 @@ def test_tar_layout_and_rows(tmp_path: Path) -> None:
         "class": "class 2",
     }
     assert data[257:265] == b"ustar\x0000"
-    scanned = list(scan_tar(tmp_path / "a.tar"))
+    scanned = scan_tar(tmp_path / "a.tar").images
     assert [(s.offset, s.length, s.label) for s in scanned] == [
         (row["offset"], row["length"], row["label"]) for row in rows
     ]
@@ -413,7 +414,7 @@ def test_scan_groups_members_and_finds_labels(tmp_path: Path) -> None:
         add_member(archive, "words.txt", b"no image")
         add_member(archive, f"{'long' * 50}.jpg", image)
         add_member(archive, ".hidden.jpg", image)
-    found = {entry.name: entry for entry in scan_tar(tmp_path / "x.tar")}
+    found = {entry.name: entry for entry in scan_tar(tmp_path / "x.tar").images}
     assert {name: entry.label for name, entry in found.items()} == {
         "dir.with.dots/a.jpg": 7,
         "b.webp": 3,
@@ -441,7 +442,7 @@ def test_scan_refuses(tmp_path: Path, members: dict[str, bytes], words: str) -> 
         for name, data in members.items():
             add_member(archive, name, data)
     with pytest.raises(ShardError, match=words):
-        list(scan_tar(tmp_path / "x.tar"))
+        scan_tar(tmp_path / "x.tar")
 
 
 def test_scan_refuses_double_keys_and_damaged_tars(tmp_path: Path) -> None:
@@ -450,11 +451,11 @@ def test_scan_refuses_double_keys_and_damaged_tars(tmp_path: Path) -> None:
         add_member(archive, "a.jpg", b"x")
         add_member(archive, "a.jpg", b"y")
     with pytest.raises(ShardError, match=r"holds a\.jpg twice"):
-        list(scan_tar(path))
+        scan_tar(path)
     with tarfile.open(path, "w:gz") as archive:
         add_member(archive, "a.jpg", b"x")
     with pytest.raises(ShardError, match="not a whole, uncompressed tar"):
-        list(scan_tar(path))
+        scan_tar(path)
     write_tar(path, mixed_records(4))
     whole, bad = path.read_bytes(), tmp_path / "bad.tar"
     with tarfile.open(path) as archive:
@@ -462,7 +463,96 @@ def test_scan_refuses_double_keys_and_damaged_tars(tmp_path: Path) -> None:
     for kept in (headers[1] + 512 + 700, headers[3] + 100, headers[5]):
         bad.write_bytes(whole[:kept])
         with pytest.raises(ShardError, match=r"bad\.tar .*(cut off|not a whole|ends inside)"):
-            list(scan_tar(bad))
+            scan_tar(bad)
     bad.write_bytes(whole[: headers[6]] + b"?" + whole[headers[6] + 1 :])
     with pytest.raises(ShardError, match=f"damaged or cut off at byte {headers[6]}"):
-        list(scan_tar(bad))
+        scan_tar(bad)
+
+
+def scanned(path: Path, members: dict[str, bytes | tarfile.TarInfo]):
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            if isinstance(data, tarfile.TarInfo):
+                archive.addfile(data)
+            else:
+                add_member(archive, name, data)
+    return scan_tar(path)
+
+
+def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+def test_hard_links_in_tars_are_what_they_link_to(tmp_path: Path) -> None:
+    hard, soft = tarfile.LNKTYPE, tarfile.SYMTYPE
+    members: dict[str, bytes | tarfile.TarInfo] = {
+        "a.jpg": b"picture",
+        "a.cls": b"5",
+        "b.jpg": link("b.jpg", "a.jpg", hard),
+        "b.cls": link("b.cls", "a.cls", hard),
+        "c.jpg": link("c.jpg", "b.jpg", hard),
+        "latest": link("latest", "a.jpg", soft),
+    }
+    images = {image.name: image for image in scanned(tmp_path / "x.tar", members).images}
+    assert {name: image.label for name, image in images.items()} == {
+        "a.jpg": 5,
+        "b.jpg": 5,
+        "c.jpg": -1,
+    }
+    data = (tmp_path / "x.tar").read_bytes()
+    for image in images.values():
+        assert data[image.offset : image.offset + image.length] == b"picture"
+    for kind, target in ((soft, "a.jpg"), (hard, "elsewhere.jpg")):
+        with pytest.raises(ShardError, match=rf"x.tar: d.jpg is a link to {target}"):
+            scanned(tmp_path / "x.tar", {"a.jpg": b"x", "d.jpg": link("d.jpg", target, kind)})
+
+
+@pytest.mark.parametrize(
+    ("members", "samples", "remark"),
+    [
+        # Names with dots: the last one ends the key where nothing else gives an image.
+        ({"a.v2.jpg": b"x", "a.v2.cls": b"1", "a.cls.txt": b""}, {"a.v2.jpg": 1}, "hold dots"),
+        ({"a.5.1.jpg": b"x", "a.5.2.jpg": b"y"}, {"a.5.1.jpg": -1, "a.5.2.jpg": -1}, "hold dots"),
+        # A part of a sample stays a part, and is counted.
+        ({"a.jpg": b"x", "a.seg.png": b"y", "a.cls": b"1"}, {"a.jpg": 1}, "end like an image"),
+        ({"a.jpg": b"x", "a.png": b"y"}, {"a.jpg": -1}, "end like an image"),
+        ({"a.jpg": b"x", ".b.jpg": b"y"}, {"a.jpg": -1}, "hidden member"),
+        ({"a.jpg": b"x", "b.json": b"{}"}, {"a.jpg": -1}, "have no image"),
+        ({"a.tif": b"x"}, {"a.tif": -1}, ""),
+        ({"a.jpg": b"x", "._a.jpg": b"mac"}, {"a.jpg": -1}, ""),
+        # Labels: read, or said.
+        ({"a.jpg": b"x", "a.json": b"1"}, {"a.jpg": 1}, ""),
+        ({"a.jpg": b"x", "a.json": b'{"label": "1"}'}, {"a.jpg": 1}, ""),
+        ({"a.jpg": b"x", "a.json": b'{"class_id": 1}'}, {"a.jpg": 1}, ""),
+        ({"a.jpg": b"x", "a.json": b'{"label": 2.0}'}, {"a.jpg": 2}, ""),
+        ({"a.jpg": b"x", "a.json": b'{"label": null}'}, {"a.jpg": -1}, ""),
+        ({"a.jpg": b"x", "a.json": b'{"label": true}'}, {"a.jpg": -1}, "no class number"),
+        ({"a.jpg": b"x", "a.json": b'{"label": "cat"}'}, {"a.jpg": -1}, "no class number"),
+        ({"a.jpg": b"x", "a.json": b"{label"}, {"a.jpg": -1}, "no class number"),
+        ({"a.jpg": b"x", "a.txt": b"1\n"}, {"a.jpg": -1}, "whole number"),
+        ({"a.jpg": b"x", "a.index": b"3"}, {"a.jpg": -1}, "whole number"),
+        ({"a.jpg": b"x", "a.txt": b"a cat"}, {"a.jpg": -1}, ""),
+    ],
+)  # fmt: skip
+def test_what_a_tar_holds_is_used_or_said(
+    tmp_path: Path, members: dict[str, bytes], samples: dict[str, int], remark: str
+) -> None:
+    scan = scanned(tmp_path / "x.tar", dict(members))
+    assert {image.name: image.label for image in scan.images} == samples
+    said = " ".join(scan.remarks)
+    assert remark in said if remark else not said
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"0.input.jpg": b"x", "0.output.cls": b"1"},
+        {"0.image.jpg": b"x", "0.mask.png": b"y", "0.cls": b"1"},
+        {"0.jpg": b"x", "0.cls": b"1_0"},
+    ],
+)
+def test_a_tar_whose_parts_are_not_understood_is_refused(tmp_path: Path, members) -> None:
+    with pytest.raises(ShardError, match=r"x.tar.* (of|name it) 0\b"):
+        scanned(tmp_path / "x.tar", members)

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from headrace.shards.index import ShardError
 from headrace.shards.manifest import ClassName
 from headrace.shards.sources import list_source
 from headrace.shards.sources.matlab import read_matlab
 from headrace.shards.sources.samples import SampleReader, SourceSplit, estimate_bytes
+from headrace.shards.store import open_store
 
 # Written by scipy.io.savemat: four synsets in the devkit's form, the last one an inner node. The
 # order of ids (1, 2, 3) is not that of WordNet ids (n03, n01, n02), as in the real file.
@@ -408,7 +410,8 @@ def test_wrong_arrays_are_refused(
     [
         ({}, "it is empty"),
         ({"a.txt": b"", "b/c.csv": b""}, "it holds a.txt, b"),
-        ({"shard-000000.tar": b""}, "it holds shard-000000.tar"),
+        ({"shard-000000.tar": b""}, "shard-000000.tar is not a whole, uncompressed tar"),
+        ({"a.tgz": b""}, r"a.tgz is packed.* unpack it \(tar -xzf a.tgz\)"),
         ({"manifest.json": b"{}"}, "already holds shards"),
         ({"train/manifest.json": b"{}"}, "already holds shards"),
     ],
@@ -426,7 +429,7 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
     write(tmp_path, {"video.mp4": b"", "other.tar": b""})
     with pytest.raises(ShardError, match=r"a file that ends in '.mp4'"):
         list_source(tmp_path / "video.mp4")
-    with pytest.raises(ShardError, match=r"other.tar is none of ImageNet's tars"):
+    with pytest.raises(ShardError, match=r"other.tar is not a whole, uncompressed tar"):
         list_source(tmp_path / "other.tar")
 
 
@@ -444,3 +447,127 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     (split,) = list_source(tmp_path)
     assert contents(split) == {"1": 0, "2": 0, "3": 0}
     assert f"a/{name}" in {sample.name for sample in split.samples}
+
+
+# ---------------------------------------------------------------- WebDataset tars
+
+
+def shard_files(first: int, count: int, label: Callable[[int], int] = lambda i: i % 3):
+    """Members of a WebDataset shard: pictures whose grey level is ten times their label."""
+    files: dict[str, bytes] = {}
+    for i in range(first, first + count):
+        buffer = io.BytesIO()
+        Image.new("L", (9, 8), 10 * label(i)).save(buffer, "PNG")
+        files[f"{i:04d}.png"] = buffer.getvalue()
+        files[f"{i:04d}.cls"] = str(label(i)).encode()
+    return files
+
+
+def read_all(split: SourceSplit) -> list[tuple[bytes | np.ndarray, int]]:
+    reader = SampleReader()
+    everything = [(reader.read(sample), sample.label) for sample in split.samples]
+    reader.close()
+    return everything
+
+
+def assert_opened_alike(root: Path, split: SourceSplit) -> None:
+    """open_store lists what make_shards converts, and the bytes are those of the names."""
+    store = open_store(root, split.name or None)
+    ids = np.arange(len(store))
+    assert store.names(ids) == [sample.name for sample in split.samples]
+    assert store.labels(ids).tolist() == [sample.label for sample in split.samples]
+    assert store.classes == tuple(entry.id for entry in split.classes)
+    sources = [data for data, _ in read_all(split)]
+    assert [data.tobytes() for data in store.read(ids)] == sources
+
+
+def test_webdataset_tars_are_a_source_with_labels_and_splits(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-0000.tar", shard_files(0, 4))
+    write_tar(tmp_path / "train-0001.tar", shard_files(4, 4))
+    write_tar(tmp_path / "validation-0000.tar", shard_files(8, 2, lambda i: i % 2))
+    splits = by_name(list_source(tmp_path))
+    assert {name: len(split.samples) for name, split in splits.items()} == {"train": 8, "val": 2}
+    classes = tuple(ClassName(str(label)) for label in range(3))
+    assert splits["train"].classes == splits["val"].classes == classes
+    assert [sample.label for sample in splits["train"].samples] == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert [s.name for s in list_source(tmp_path, "val")] == ["val"]
+    for split in splits.values():
+        assert_opened_alike(tmp_path, split)
+    with pytest.raises(ShardError, match=r"tars of the splits train, val: choose one"):
+        open_store(tmp_path / "*.tar")
+    assert len(open_store(tmp_path / "*.tar", "train")) == 8
+    store = open_store(tmp_path, "val")
+    assert pickle.loads(pickle.dumps(store)).names([0]) == store.names([0])
+
+
+def test_a_tar_of_no_split_beside_others_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-0000.tar", shard_files(0, 1))
+    write_tar(tmp_path / "more-0000.tar", shard_files(1, 1))
+    with pytest.raises(ShardError, match=r"more-0000.tar: its name says no split.*train-\*\.tar"):
+        list_source(tmp_path)
+
+
+def test_identifiers_as_labels_are_numbered_by_train(tmp_path: Path) -> None:
+    def taxon(i: int) -> int:
+        return (47219, 1234567, 99)[i % 3]
+
+    write_tar(tmp_path / "train.tar", shard_files(0, 6, taxon))
+    write_tar(tmp_path / "val.tar", shard_files(6, 1, lambda _: 1234567))
+    splits = by_name(list_source(tmp_path))
+    assert [entry.id for entry in splits["train"].classes] == ["99", "47219", "1234567"]
+    assert [sample.label for sample in splits["train"].samples] == [1, 2, 0, 1, 2, 0]
+    assert [sample.label for sample in splits["val"].samples] == [2]
+    for split in splits.values():
+        assert_opened_alike(tmp_path, split)
+    write_tar(tmp_path / "val.tar", shard_files(6, 1, lambda _: 7_654_321))
+    with pytest.raises(ShardError, match=r"1 class.es. that train lacks, as '7654321'"):
+        list_source(tmp_path)
+    with pytest.raises(ShardError, match=r"1 class.es. that train lacks, as '7654321'"):
+        open_store(tmp_path, "val")
+
+
+def test_names_of_classes_beside_tars(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a-0.tar", shard_files(0, 3))
+    names = "cat\ndog\nnewt\nnobody\n"
+    for text in ("", "\ufeff"):
+        (tmp_path / "classes.txt").write_text(text + names, "utf-8")
+        (split,) = list_source(tmp_path)
+        assert [entry.id for entry in split.classes] == ["cat", "dog", "newt", "nobody"]
+        assert_opened_alike(tmp_path, split)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(ShardError, match=r"classes.txt names 2 classes, and the label 2 occurs"):
+        list_source(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("n00004475", "n00005787"), ("cat", "dog")])
+def test_a_tar_per_class(tmp_path: Path, names: tuple[str, str]) -> None:
+    outer = tmp_path / "whole.tar"
+    inner: dict[str, bytes] = {}
+    for number, name in enumerate(names):
+        members = {
+            f"{name}_{n}.png": data for n, data in shard_files(number, 2).items() if "png" in n
+        }
+        inner[f"whole/{name}.tar"] = write_tar(tmp_path / f"folder/{name}.tar", members)
+    (split,) = list_source(tmp_path / "folder")
+    assert [entry.id for entry in split.classes] == list(names)
+    assert [sample.label for sample in split.samples] == [0, 0, 1, 1]
+    assert_opened_alike(tmp_path / "folder", split)
+    write_tar(outer, inner)
+    (packed,) = list_source(outer)
+    assert read_all(packed) == read_all(split)
+    assert packed.classes == split.classes
+
+
+def test_unlabelled_shards_are_no_classes(tmp_path: Path) -> None:
+    for shard in range(2):
+        pictures = {n: d for n, d in shard_files(2 * shard, 2).items() if n.endswith("png")}
+        write_tar(tmp_path / f"part-{shard:04d}.tar", pictures)
+    (split,) = list_source(tmp_path)
+    assert (split.classes, [sample.label for sample in split.samples]) == ((), [-1] * 4)
+
+
+def test_tars_beside_unpacked_folders_are_not_taken_for_the_set(tmp_path: Path) -> None:
+    write(tmp_path, below("train", TRAIN))
+    write_tar(tmp_path / "train.tar", shard_files(0, 1))
+    (split,) = list_source(tmp_path)
+    assert len(split.samples) == len(TRAIN)

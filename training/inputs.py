@@ -154,7 +154,9 @@ def open_labelled(train_path: Path | None, val_path: Path | None) -> tuple[Store
                 f"{option}: {missing:,} of the {len(store):,} images of {store.uri} have no label, "
                 f"and judging needs the class of each (one folder per class, for instance)"
             )
-    if train.classes and val.classes and train.classes != val.classes:
+    # Tars number their classes up to the highest label: fewer of the same are no others.
+    shared = min(len(train.classes), len(val.classes))
+    if train.classes[:shared] != val.classes[:shared]:
         raise ConfigError(
             f"{train.uri} and {val.uri} have different classes ({len(train.classes)} and "
             f"{len(val.classes)}, or other names or another order): their labels cannot be compared"

@@ -21,6 +21,13 @@ from headrace.shards.sources.arrays import list_arrays
 from headrace.shards.sources.imagenet import ImageNetFacts, find_facts, list_tars
 from headrace.shards.sources.parquet import list_parquet
 from headrace.shards.sources.samples import FileReference, Sample, SourceSplit
+from headrace.shards.sources.split_names import SPLIT_NAMES
+from headrace.shards.sources.tars import (
+    list_tar_of_tars,
+    list_tar_set,
+    recognise_tars,
+    refuse_packed,
+)
 
 IMAGE_EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".png", ".ppm", ".pgm", ".pnm", ".bmp", ".tif", ".tiff", ".webp",
@@ -28,23 +35,12 @@ IMAGE_EXTENSIONS = frozenset(
 )  # fmt: skip
 """What is looked at in a folder. torchvision's list and the formats that are converted."""
 
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
-"""Folder and file names that mean a split."""
-
 EXPECTED = (
     "expected one of: a folder with one sub-folder of images per class, at the top or in "
     "train/, val/, test/ at any depth; a folder of images; ImageNet's tars "
     "(ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar with ILSVRC2012_devkit_t12) or Kaggle's "
-    "ILSVRC folder; Parquet files as Hugging Face writes them; arrays (train.npz with images, "
-    "labels, classes)"
+    "ILSVRC folder; WebDataset tars; Parquet files as Hugging Face writes them; arrays "
+    "(train.npz with images, labels, classes)"
 )
 _SPLIT_ORDER = ("", "train", "val", "test")
 _DEPTH_AT_MOST = 5
@@ -66,6 +62,7 @@ def list_source(source: Path, only: str | None = None) -> list[SourceSplit]:
         where = error.filename or source
         raise ShardError(f"cannot read {where}: {error.strerror or error}") from error
     if not splits:
+        refuse_packed(source)
         wanted = f"no split {only!r}" if only else "no images"
         raise ShardError(f"{source}: {wanted} found ({_describe(source)}); {EXPECTED}")
     for split in splits:
@@ -82,7 +79,7 @@ def _list(source: Path, only: str | None) -> list[SourceSplit]:
             case ".parquet":
                 return list_parquet({"": [source]}, only)
             case ".tar":
-                return list_tars([source], find_facts(source.parent), only)
+                return _list_tar(source, only)
             case _:
                 return []
     arrays = _by_split(source.glob("*.npz"))
@@ -90,6 +87,9 @@ def _list(source: Path, only: str | None) -> list[SourceSplit]:
         return list_arrays(arrays, only)
     if (source / MANIFEST_FILE).is_file() or any(source.glob(f"*/{MANIFEST_FILE}")):
         raise ShardError(f"{source} already holds shards that make_shards wrote; open them as such")
+    tar_set = recognise_tars(source)
+    if tar_set is not None:
+        return list_tar_set(tar_set, only)
     parquet = _by_split(chain(source.glob("*.parquet"), source.glob("*/*.parquet")))
     if parquet:
         return list_parquet(parquet, only)
@@ -101,6 +101,13 @@ def _list(source: Path, only: str | None) -> list[SourceSplit]:
         listed = {split.name for split in splits}
         splits += [s for s in _list_tree(root, facts, only, bool(tars)) if s.name not in listed]
     return splits
+
+
+def _list_tar(source: Path, only: str | None) -> list[SourceSplit]:
+    tar_set = recognise_tars(source)
+    if tar_set is None:
+        return list_tars([source], find_facts(source.parent), only)
+    return list_tar_of_tars(source) or list_tar_set(tar_set, only)
 
 
 def _by_split(files: Iterable[Path]) -> dict[str, list[Path]]:

@@ -1,0 +1,197 @@
+"""WebDataset tars as a source: a file, or a folder of them, with splits in their names or folders.
+
+What a tar holds is `tar_samples`' to say, and `tar_labels` what its labels mean, so that converting
+tars and opening them gives the same names and labels.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from headrace.shards.index import ShardError
+from headrace.shards.manifest import ClassName
+from headrace.shards.sources.samples import RangeReference, Sample, SourceSplit
+from headrace.shards.sources.split_names import splits_in
+from headrace.shards.tar_labels import TarLabels, number_labels, read_class_names, renumbered
+from headrace.shards.tar_samples import (
+    IMAGE_EXTENSIONS,
+    Member,
+    TarScan,
+    iterate_members,
+    scan_tar,
+)
+
+IMAGENET_PREFIX = "ILSVRC2012_img_"
+"""ImageNet's own tars begin with it; `imagenet` lists them."""
+_SPLITS = ("", "train", "val", "test")
+_PACKED = {
+    ".tar.gz": "tar -xzf",
+    ".tgz": "tar -xzf",
+    ".tar.bz2": "tar -xjf",
+    ".tar.xz": "tar -xJf",
+    ".tar.zst": "tar --zstd -xf",
+    ".zip": "unzip",
+    ".7z": "7z x",
+    ".rar": "unrar x",
+    ".gz": "gunzip",
+}
+
+
+@dataclass(frozen=True)
+class TarSet:
+    """Tars that belong together.
+
+    splits: "train", "val", "test", or "" for tars whose names say none, to the tars of each, sorted
+    by path.
+    """
+
+    splits: Mapping[str, tuple[Path, ...]]
+
+
+def recognise_tars(path: Path) -> TarSet | None:
+    """The WebDataset tars that a path is: a .tar, or a folder of tars, or one of such folders.
+
+    None where there are none, where images or other folders lie beside them (those say then what
+    the folder is), and for ImageNet's own tars. No tar is opened.
+    Raises `ShardError` where some names say a split and others do not, or one says several.
+    """
+    if path.is_file():
+        return tar_set([path], named=True) if path.suffix.lower() == ".tar" else None
+    tars, folders = _tars_and_folders(path)
+    if tars and folders:
+        return None
+    for folder in folders:
+        inner_tars, inner_folders = _tars_and_folders(folder)
+        if inner_folders or not inner_tars:
+            return None
+        tars += inner_tars
+    return tar_set(tars)
+
+
+def _tars_and_folders(path: Path) -> tuple[list[Path], list[Path]]:
+    """What a folder holds of these, hidden ones left out; nothing where an image lies in it."""
+    tars: list[Path] = []
+    folders: list[Path] = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            ending = os.path.splitext(entry.name)[1].lower().removeprefix(".")
+            if entry.name.startswith((".", "__MACOSX")):
+                continue
+            if entry.is_dir():
+                folders.append(path / entry.name)
+            elif ending == "tar":
+                tars.append(path / entry.name)
+            elif ending in IMAGE_EXTENSIONS:
+                return [], []
+    return tars, sorted(folders)
+
+
+def tar_set(paths: Iterable[Path], *, named: bool = False) -> TarSet | None:
+    """The same for tars that were found, or were all `named` one by one: these have one split."""
+    kept = sorted(p for p in paths if p.name[0] != "." and not p.name.startswith(IMAGENET_PREFIX))
+    if not kept:
+        return None
+    in_folders = len({path.parent for path in kept}) > 1
+    groups: dict[str, list[Path]] = {}
+    for path in kept:
+        names = (path.stem, path.parent.name) if in_folders else (path.stem,)
+        groups.setdefault(_split_of(path, names), []).append(path)
+    if named and len(groups) == 1:
+        groups = {"": kept}
+    if "" in groups and len(groups) > 1:
+        other = next(paths[0] for split, paths in groups.items() if split)
+        raise ShardError(
+            f"{groups[''][0]}: its name says no split, but {other.name} does; name the tars of one "
+            f"split (such as {other.parent / re.sub('[0-9]+', '*', other.name)}), or move it away"
+        )
+    return TarSet({split: tuple(groups[split]) for split in _SPLITS if split in groups})
+
+
+def _split_of(path: Path, names: Sequence[str]) -> str:
+    """What the first of `names` says that says anything."""
+    for name in names:
+        splits = splits_in(name)
+        if len(splits) > 1:
+            raise ShardError(f"{path}: {name} names several splits; keep one in it")
+        if splits:
+            return min(splits)
+    return ""
+
+
+def list_tar_set(tars: TarSet, only: str | None) -> list[SourceSplit]:
+    """List WebDataset tars as splits; classes are numbered alike in all of them, by train's.
+
+    only: the name of the one split wanted.
+    Raises `ShardError` for what is no tar, holds no image, or has a label that train lacks.
+    """
+    if only is not None and only not in tars.splits:
+        return []
+    listed: dict[str, tuple[list[list[Member]], TarLabels]] = {}
+    for split, paths in tars.splits.items():
+        scans = [scan_tar(path) for path in paths]
+        names = read_class_names(paths[0].parent)
+        listed[split] = _members(scans), number_labels(paths, scans, names)
+    _, first = next(iter(listed.values()))
+    splits: list[SourceSplit] = []
+    for split, (members, labels) in listed.items():
+        if only not in (None, split):
+            continue
+        if first.classes and labels.classes:
+            labels = renumbered(labels, first.classes, f"the {split} tars")
+        samples: list[Sample] = []
+        of_tars = zip(tars.splits[split], members, labels.labels, strict=True)
+        for path, of_tar, numbers in of_tars:
+            samples += [
+                Sample(image.name, label, RangeReference(str(path), image.offset, image.length))
+                for image, label in zip(of_tar, numbers.tolist(), strict=True)
+            ]
+        classes = tuple(ClassName(name) for name in labels.classes)
+        splits.append(SourceSplit(split, "WebDataset tars", classes, samples, labels.notes))
+    return splits
+
+
+def _members(scans: Sequence[TarScan]) -> list[list[Member]]:
+    return [[Member(i.name, i.offset, i.length) for i in scan.images] for scan in scans]
+
+
+def list_tar_of_tars(path: Path) -> list[SourceSplit] | None:
+    """A tar that holds one tar of images per class, named after it; None if it holds other things.
+
+    The inner tars are read in place.
+    """
+    inner: list[Member] = []
+    for member in iterate_members(path):
+        if not member.name.endswith(".tar"):
+            return None
+        inner.append(member)
+    if not inner:
+        return None
+    names = sorted(PurePosixPath(member.name).stem for member in inner)
+    samples: list[Sample] = []
+    for member in inner:
+        name = PurePosixPath(member.name).stem
+        samples += [
+            Sample(
+                f"{name}/{PurePosixPath(image.name).name}",
+                names.index(name),
+                RangeReference(str(path), image.offset, image.length),
+            )
+            for image in iterate_members(path, member.offset)
+        ]
+    classes = tuple(ClassName(name) for name in names)
+    return [SourceSplit("", "a tar of one tar per class", classes, samples)]
+
+
+def refuse_packed(path: Path) -> None:
+    """Raises `ShardError` for a packed archive, or a folder that holds one, with the way out."""
+    names = [path.name] if path.is_file() else sorted(os.listdir(path))
+    for name in names:
+        command = next((c for end, c in _PACKED.items() if name.lower().endswith(end)), None)
+        if command is not None:
+            where = path if path.is_file() else path / name
+            raise ShardError(
+                f"{where} is packed, and images inside cannot be read in place: unpack it "
+                f"({command} {name}) and name the folder or the tar that comes out"
+            )
