@@ -20,7 +20,7 @@ from headrace.shards.foreign import fingerprint_of, numbered_by, open_folder, op
 from headrace.shards.index import INDEX_FILE, RAW, Index, ShardError, read_index
 from headrace.shards.manifest import MANIFEST_FILE, PARTS_DIRECTORY, read_manifest
 from headrace.shards.mapping import MappedFiles
-from headrace.shards.sources.tars import TarSet, recognise_tars, refuse_packed, tar_set
+from headrace.shards.tar_sets import TarSet, recognise_tars, refuse_packed, tar_set
 
 SPLITS = ("train", "val", "test")
 _PATTERN = re.compile(r"[*?\[{]")

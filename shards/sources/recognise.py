@@ -21,13 +21,9 @@ from headrace.shards.sources.arrays import list_arrays
 from headrace.shards.sources.imagenet import ImageNetFacts, find_facts, list_tars
 from headrace.shards.sources.parquet import list_parquet
 from headrace.shards.sources.samples import FileReference, Sample, SourceSplit
-from headrace.shards.sources.split_names import SPLIT_NAMES
-from headrace.shards.sources.tars import (
-    list_tar_of_tars,
-    list_tar_set,
-    recognise_tars,
-    refuse_packed,
-)
+from headrace.shards.sources.tars import list_tar_of_tars, list_tar_set
+from headrace.shards.split_names import SPLIT_NAMES
+from headrace.shards.tar_sets import recognise_tars, refuse_packed
 
 IMAGE_EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".png", ".ppm", ".pgm", ".pnm", ".bmp", ".tif", ".tiff", ".webp",
