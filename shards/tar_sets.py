@@ -1,4 +1,4 @@
-"""Which tars belong together: a file, or a folder of them, with splits in their names or folders."""
+"""Which tars belong together: a file, or a folder of them; splits are in names or folders."""
 
 import os
 import re
