@@ -251,7 +251,7 @@ def test_evaluate_from_another_directory(run: Path, data: Path, tmp_path: Path) 
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     for words in (
-        "dino, test_resnet, after 30 steps; reference engine, 1 x cpu",
+        "dino, test_resnet, after 30 steps; judged at 32 pixels; reference engine, 1 x cpu",
         "kNN of 21 images among 60 in 3 classes",
         "k = 100 is left out: there are only 60 training images",
         "wrote knn.json",

@@ -29,6 +29,7 @@ from headrace.training.catalogue import (
 )
 from headrace.training.config import Config, Data, Run, parse_approximations
 from headrace.training.invocation import as_typed
+from headrace.training.judged_view import ViewChange, changed, following, require_normalisation
 from headrace.training.preset import (
     ConfigError,
     Optim,
@@ -150,7 +151,11 @@ def _command_line_class(preset: Preset) -> type:
         (view.name, declared := _view_class(view), _default(declared()))
         for view in preset.augmentation.views
     ]
-    whole: list[Any] = [("group", int, preset.augmentation.group)]
+    whole: list[Any] = [
+        ("group", int, preset.augmentation.group),
+        ("mean", tuple[float, float, float], preset.augmentation.mean),
+        ("std", tuple[float, float, float], preset.augmentation.std),
+    ]
     if preset.augmentation.mix is not None:
         whole.append(("mix", Mix, _default(preset.augmentation.mix)))
     augmentation = make_dataclass(
@@ -167,6 +172,7 @@ def _command_line_class(preset: Preset) -> type:
         ("run", Run, Run()),
         ("objective", type(preset.objective), preset.objective),
         ("augmentation", augmentation, augmentation()),
+        ("test", ViewChange, ViewChange()),
     ]
     return make_dataclass(
         "CommandLine",
@@ -213,7 +219,15 @@ def _augmented(augmentation: Augmentation, given: Any) -> Augmentation:
         erase = values.erase if view.erase is not None else None
         views.append(replace(view, ops=ops, count=values.count, mask=mask, erase=erase))
     mix = given.mix if augmentation.mix is not None else None
-    return replace(augmentation, views=tuple(views), group=given.group, mix=mix)
+    require_normalisation("--augmentation", given.mean, given.std)
+    return replace(
+        augmentation,
+        views=tuple(views),
+        group=given.group,
+        mean=given.mean,
+        std=given.std,
+        mix=mix,
+    )
 
 
 def _resolve(method: MethodModule, preset_name: str, preset: Preset, given: Any) -> Config:
@@ -240,7 +254,7 @@ def _resolve(method: MethodModule, preset_name: str, preset: Preset, given: Any)
         run=run,
         objective=given.objective,
         augmentation=augmentation,
-        test=preset.test,
+        test=changed(following(preset, augmentation), given.test),
     )
 
 
@@ -336,7 +350,8 @@ options (METHOD's own ones, all meanings and defaults: --method METHOD --help)
   --init           a run whose encoder this one starts from
 {groups}
   --objective.*    of the method
-  --augmentation.* of the preset's views""")
+  --augmentation.* of the preset's views
+  --test.*         of the view that images are judged in: it follows the training views""")
 
 
 def _hanging(text: str, columns: int) -> str:

@@ -150,6 +150,7 @@ class Config:
                 "backbone_options": dict(self.backbone_options),
                 "objective": asdict(self.objective),
                 "optim": asdict(self.optim),
+                "test": self.test.declaration(),
                 "stream": stream,
                 "seed": self.run.seed,
                 "total_steps": total_steps,

@@ -3,10 +3,11 @@
     python training/evaluate.py RUN --protocol knn linear --data.train DIR --data.val DIR --json F
     torchrun --standalone --nproc-per-node 8 training/evaluate.py RUN
 
-Images go once through the run's own engine and the test view of its recipe, a fixed view without
-augmentation, and every protocol takes these features. `--untrained` judges the same network with
-the weights that the run began with: what it had before it learnt anything. `--pixels` judges the
-view itself. A protocol is a file of training/protocols, or any module by its dotted name.
+Images go once through the run's own engine and its test view, a fixed view without augmentation
+(`--test.*` changes it), and every protocol takes these features. `--untrained` judges the same
+network with the weights that the run began with: what it had before it learnt anything. `--pixels`
+judges the view itself. A protocol is a file of training/protocols, or any module by its dotted
+name.
 """
 
 import argparse
@@ -20,15 +21,18 @@ from torch import nn
 
 from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.engines import choose
+from headrace.pipelines.recipe import Augmentation
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import threads_per_rank, usable_cores
 from headrace.shards.store import Store
+from headrace.training.backbones import resolve_options
 from headrace.training.build import trained_encoder, untrained_encoder
 from headrace.training.config import parse_approximations
 from headrace.training.ending import run_and_exit
 from headrace.training.evaluate_options import parse_evaluate
 from headrace.training.features import FeaturePass
 from headrace.training.inputs import open_labelled
+from headrace.training.judged_view import changed, judged_pixels
 from headrace.training.preset import ConfigError
 from headrace.training.protocol import ProtocolError, Result, Subject
 from headrace.training.run.directory import versions
@@ -43,20 +47,24 @@ def main(arguments: Sequence[str]) -> int:
     train, val = open_labelled(options.train or record.train, options.val or record.val)
     if options.json is not None and not options.json.parent.is_dir():
         raise ConfigError(f"--json {options.json}: there is no directory {options.json.parent}")
+    test = changed(record.test, options.test)
     try:
         for _, settings in protocols:
             settings.check(train, val)
         # Built where there are no other ranks, which judging has its own number of.
-        encoder = build_encoder(record, train, options)
+        encoder = build_encoder(record, train, test, options)
         with join(options.device) as world:
-            train_pass = test_view_pass(record, train, options, world)
+            train_pass = test_view_pass(record, train, test, options, world)
             val_pass = replace(train_pass, store=val)
             subject = Subject(
                 encoder.to(world.device), {"train": train_pass, "val": val_pass}, world
             )
             if world.is_main:
                 what, engine = title(record, options), train_pass.engine
-                print(f"{what}; {engine} engine, {world.size} x {world.device.type}")
+                print(
+                    f"{what}; judged at {judged_pixels(test)} pixels; {engine} engine, "
+                    f"{world.size} x {world.device.type}"
+                )
             results: list[Result] = []
             for protocol, settings in protocols:
                 with subject.timed(protocol.name):
@@ -76,26 +84,34 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def build_encoder(record: Record, train: Store, options: argparse.Namespace) -> nn.Module:
-    """[B, 3, H, W] -> [B, D], on the CPU."""
+def build_encoder(
+    record: Record, train: Store, test: Augmentation, options: argparse.Namespace
+) -> nn.Module:
+    """[B, 3, H, W] -> [B, D], on the CPU. Raises ConfigError where it cannot take the test view."""
     if options.pixels:
         return nn.Flatten()
+    if judged_pixels(test) != judged_pixels(record.test):
+        trained_pixels = tuple(view.size for view in record.augmentation.flat_views)
+        backbone_options = resolve_options(
+            record.backbone, record.backbone_options, trained_pixels, judged_pixels(test)
+        )
+        record = replace(record, backbone_options=backbone_options)
     return (untrained_encoder if options.untrained else trained_encoder)(record, train)
 
 
 def test_view_pass(
-    record: Record, store: Store, options: argparse.Namespace, world: World
+    record: Record, store: Store, test: Augmentation, options: argparse.Namespace, world: World
 ) -> FeaturePass:
-    """Over a store, by the run's engine in the test view of its recipe, if nothing else is asked.
+    """Over a store in the test view, by the run's engine if nothing else is asked.
 
     Raises ConfigError for what names no approximation, Unsupported for what no engine can do.
     """
     approximate = chosen_approximations(record, options)
     return FeaturePass(
         store=store,
-        views={"test": record.test},
+        views={"test": test},
         batch_size=options.batch_size,
-        engine=choose(options.engine or record.engine, record.test, world.device, approximate),
+        engine=choose(options.engine or record.engine, test, world.device, approximate),
         world=world,
         threads=options.threads or threads_per_rank(usable_cores(), world.local_size),
         precision=options.precision,
@@ -145,7 +161,7 @@ def collect_facts(
         "classes": len(train.store.classes),
         "train": _data(train.store),
         "val": _data(val.store),
-        "test_view": record.test.declaration(),
+        "test_view": train.views["test"].declaration(),
         "engine": train.engine,
         "precision": train.precision,
         "world_size": subject.world.size,

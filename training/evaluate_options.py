@@ -8,6 +8,7 @@ from typing import NoReturn
 from typing_extensions import override
 
 from headrace.training.invocation import as_typed
+from headrace.training.judged_view import ViewChange
 from headrace.training.preset import ConfigError
 from headrace.training.protocol import (
     ProtocolModule,
@@ -79,6 +80,24 @@ def parse_evaluate(
     judged.add_argument(
         "--pixels", action="store_true", help="judge the pixels of the test view, without a network"
     )
+    view = parser.add_argument_group("the view that is judged", "Default: the run's")
+    view.add_argument("--test.size", dest="size", type=int, metavar="N", help="pixels of its side")
+    view.add_argument(
+        "--test.resize",
+        dest="resize",
+        type=int,
+        metavar="N",
+        help="pixels of a picture's shorter side before the square is cut; default: in proportion",
+    )
+    for name, meaning in (("mean", "subtracted from"), ("std", "divides")):
+        view.add_argument(
+            f"--test.{name}",
+            dest=name,
+            type=float,
+            nargs=3,
+            metavar="X",
+            help=f"{meaning} pixels in [0, 1]: one number per channel",
+        )
     add("--batch-size", type=_positive, default=256, help="images per process and step")
     add("--engine", help="auto, or an engine by name; default: the run's")
     add(
@@ -93,6 +112,12 @@ def parse_evaluate(
     for module in modules.values():
         add_options(parser, module)
     options = parser.parse_args(arguments)
+    options.test = ViewChange(
+        size=options.size,
+        resize=options.resize,
+        mean=options.mean and tuple(options.mean),
+        std=options.std and tuple(options.std),
+    )
     settings = {name: options_of(module, options) for name, module in modules.items()}
     return [(modules[name], settings[name]) for name in asked], options
 

@@ -34,6 +34,7 @@ from headrace.training.inputs import (
     sample_images,
     with_paths,
 )
+from headrace.training.judged_view import judged_pixels
 from headrace.training.meters import Meters
 from headrace.training.method import Method, Progress
 from headrace.training.parallel import model_for
@@ -73,7 +74,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
 
     # ----------------------------------------------------------------------------------- Method
     view_pixels = tuple(view.size for view in config.augmentation.flat_views)
-    test_pixels = config.test.flat_views[0].size
+    test_pixels = judged_pixels(config.test)
     options = resolve_options(config.backbone, config.backbone_options, view_pixels, test_pixels)
     facts = facts_of(
         config.augmentation,
@@ -152,7 +153,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
             f"{store.uri}: {len(store)} images, {epoch_steps} steps of {data.batch_size} in an "
             f"epoch, by the {loader.engine_name} engine\n"
             f"step {start} of {steps} on {world.size} x {world.device.type}, "
-            f"peak learning rate {schedule.peak:.3g}"
+            f"peak learning rate {schedule.peak:.3g}, judged at {test_pixels} pixels"
         )
         if run.gradient_cache and has_batch_norm(method):
             journal.say(

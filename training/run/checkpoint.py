@@ -18,6 +18,8 @@ from headrace.training.world import World
 FORMAT = 2
 _DIFFERENCES_SHOWN = 5
 _IDS_SHOWN = 64
+_WRITTEN_LATER = ("test",)
+"""Parts of a fingerprint that the first version of FORMAT did not have."""
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -54,8 +56,12 @@ def load(
 
 
 def require_same(directory: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raises CheckpointError, naming what differs, where a run would continue as another one."""
-    if changed := differences(old, new):
+    """Raises CheckpointError, naming what differs, where a run would continue as another one.
+
+    What an older version did not write down it could not change either.
+    """
+    later = {key: new[key] for key in _WRITTEN_LATER if key in new}
+    if changed := differences({**later, **old}, new):
         more = len(changed) - _DIFFERENCES_SHOWN
         raise CheckpointError(
             f"{directory} holds another run: {'; '.join(changed[:_DIFFERENCES_SHOWN])}"
