@@ -31,7 +31,8 @@ class Data:
     """Data set to train on; a root with splits gives its train split. Default: the only one
     under ./data."""
     val: Path | None = None
-    """Data set for the evaluation during training (methods that have one)."""
+    """Data set of which loss and kNN, or what the method has beside them, are shown in training;
+    a root with splits gives val, else test."""
     engine: str = "auto"
     """auto, dali, fused, reference, synthetic."""
     approximate: tuple[Approximation, ...] = ()
@@ -40,7 +41,7 @@ class Data:
     batch_size: int = 256
     """Samples per optimiser step, over all ranks and micro-batches."""
     holdout: float = 0.0
-    """Fraction of the training set that is held out and evaluated."""
+    """Fraction of the training set that is not trained on and shown likewise."""
     subset: Path | None = None
     """Train on these samples only: a text file, one id or original file name per line."""
     shuffle: Literal["full", "window"] = "full"

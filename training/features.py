@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.loader import Loader, open_loader
+from headrace.pipelines.order import Order
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.progress import progress_bar
 from headrace.shards.store import Store
@@ -57,15 +58,36 @@ class FeaturePass:
         """This rank's share of the set, once, by ascending ids: a context manager over batches."""
         # Every picture for itself: no partner's pixels, no whole groups to be had at the end.
         alone = replace(self.views[view], mix=None, group=1)
+        return self._open(alone, self.batch_size * self.world.size, whole=False)
+
+    def whole_batches(self, augmentation: Augmentation, batch_size: int) -> Loader:
+        """Batches as training has them, without mixing: all views, `batch_size` samples over all
+        ranks, in an order and with draws that are the seed's. What fills no batch is left out."""
+        return self._open(replace(augmentation, mix=None), batch_size, whole=True)
+
+    def ids(self) -> NDArray[np.int64]:
+        """int64 [n], ascending: the samples that this pass goes through, over all ranks."""
+        order = Order(
+            len(self.store),
+            1,
+            seed=self.seed,
+            shuffle="none",
+            holdout=self.holdout,
+            part=self.part,
+            subset=self.subset,
+        )
+        return order.at(0, np.arange(order.epoch_length))[0]
+
+    def _open(self, augmentation: Augmentation, batch_size: int, *, whole: bool) -> Loader:
         return open_loader(
             self.store,
-            alone,
-            batch_size=self.batch_size * self.world.size,
+            augmentation,
+            batch_size=batch_size,
             seed=self.seed,
             engine=self.engine,
             device=self.world.device,
-            shuffle="none",
-            drop_last=False,
+            shuffle="full" if whole else "none",
+            drop_last=whole,
             holdout=self.holdout,
             part=self.part,
             subset=self.subset,

@@ -14,6 +14,7 @@ from headrace.pipelines.loader import Loader, open_loader
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.cores import threads_per_rank, usable_cores
 from headrace.shards.store import SPLITS, Store, dataset_splits, find_dataset, open_store
+from headrace.training.class_numbers import numbered_alike, unlabelled
 from headrace.training.config import Config
 from headrace.training.features import FeaturePass
 from headrace.training.preset import ConfigError
@@ -107,12 +108,13 @@ def sample_images(
 
 
 def held_out_passes(config: Config, training_pass: FeaturePass) -> dict[str, FeaturePass]:
-    """The passes over held-out images by name: "holdout" of the training set, and "val"."""
+    """The passes over held-out images by name: "holdout" of the training set, and "val", whose
+    classes have the training set's numbers."""
     passes = {}
     if training_pass.holdout > 0:
         passes["holdout"] = replace(training_pass, part="holdout")
     if config.data.val is not None:
-        val = open_val(config.data.val)
+        val = numbered_alike(training_pass.store, open_val(config.data.val))
         passes["val"] = replace(training_pass, store=val, holdout=0.0, part="train", subset=None)
     return passes
 
@@ -142,26 +144,20 @@ def open_val(path: Path) -> Store:
 
 
 def open_labelled(train_path: Path | None, val_path: Path | None) -> tuple[Store, Store]:
-    """(train, val), both labelled alike; val_path None stands for the split beside train.
+    """(train, val), numbered alike by the names of classes; val_path None stands for the split
+    beside train.
 
     Raises ConfigError or ShardError.
     """
     train, val = open_train(train_path), open_val(val_path or _beside(train_path))
     for option, store in (("--data.train", train), ("--data.val", val)):
-        missing = int((store.labels(np.arange(len(store))) < 0).sum())
+        missing = unlabelled(store)
         if missing:
             raise ConfigError(
                 f"{option}: {missing:,} of the {len(store):,} images of {store.uri} have no label, "
                 f"and judging needs the class of each (one folder per class, for instance)"
             )
-    # Tars number their classes up to the highest label: fewer of the same are no others.
-    shared = min(len(train.classes), len(val.classes))
-    if train.classes[:shared] != val.classes[:shared]:
-        raise ConfigError(
-            f"{train.uri} and {val.uri} have different classes ({len(train.classes)} and "
-            f"{len(val.classes)}, or other names or another order): their labels cannot be compared"
-        )
-    return train, val
+    return train, numbered_alike(train, val)
 
 
 def _beside(train: Path | None) -> Path:

@@ -187,6 +187,12 @@ class Method(nn.Module):
         """State dicts by name, which a run writes as NAME.safetensors with each checkpoint."""
         return {"encoder": self.encoder.state_dict()}
 
+    @property
+    def knows_training_images_only(self) -> bool:
+        """True where `objective` looks its images up by their ids among those that are trained on,
+        in a bank or in clusters: of others it would say nothing."""
+        return False
+
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
         """Per-sample results on a held-out batch, e.g. {"top1": bool [B]}; {} where none apply."""
         return {}

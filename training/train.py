@@ -27,7 +27,6 @@ from headrace.training.gradients import has_batch_norm
 from headrace.training.guard import Guard, Signals, catch_signals
 from headrace.training.inputs import (
     feature_pass,
-    held_out_passes,
     largest_side_pixels,
     open_train,
     open_training_loader,
@@ -45,7 +44,7 @@ from headrace.training.run.journal import open_journal
 from headrace.training.run.what_now import what_now
 from headrace.training.step import early_parameters, optimiser_step
 from headrace.training.subset import read_subset
-from headrace.training.validation import evaluates, validate
+from headrace.training.validation import prepare_validation
 from headrace.training.world import World, join, seed_layers
 
 
@@ -111,7 +110,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
 
     # ------------------------------------------------------------------------------ Other passes
     context = feature_pass(config, store, subset, world, loader.engine_name, bf16=bf16)
-    held_out = held_out_passes(config, context) if evaluates(method) else {}
+    validation = prepare_validation(config, method, context)
     evaluate_steps = steps_between(run.evaluate_every, epoch_steps) or steps
 
     # ------------------------------------------------------------------------ Begin or continue
@@ -155,6 +154,8 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
             f"step {start} of {steps} on {world.size} x {world.device.type}, "
             f"peak learning rate {schedule.peak:.3g}, judged at {test_pixels} pixels"
         )
+        for sentence in validation.sentences:
+            journal.say(sentence)
         if run.gradient_cache and has_batch_norm(method):
             journal.say(
                 "gradient cache: this network's batch norm normalises each micro-batch by itself, "
@@ -189,7 +190,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
 
             # What follows looks at the device, each at its own cadence.
             done = step + 1
-            evaluating = bool(held_out) and (done % evaluate_steps == 0 or done == steps)
+            evaluating = bool(validation.sets) and (done % evaluate_steps == 0 or done == steps)
             logging = done % run.log_every == 0 or done == steps or evaluating
             saving = done % run.save_every == 0 or done == steps
             verdict = guard.read(drain=logging or saving)
@@ -198,7 +199,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
             if logging:
                 values = {"step": done, "epoch": done / epoch_steps, **meters.take(), **rates}
                 with meters.paused():
-                    evaluated = validate(method, held_out) if evaluating else {}
+                    evaluated = validation.measure(method, progress) if evaluating else {}
                 journal.record(values, evaluated)
             if saving or verdict.stop:
                 with meters.paused():

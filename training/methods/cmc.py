@@ -100,6 +100,11 @@ class Cmc(Method):
         self.light_bank = FeatureBank(samples, dim)
         self.color_bank = FeatureBank(samples, dim)
 
+    @property
+    @override
+    def knows_training_images_only(self) -> bool:
+        return True
+
     @override
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Embeddings: "light" and "color" [B, D], not normalised."""

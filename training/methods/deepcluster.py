@@ -129,6 +129,11 @@ class DeepCluster(Method):
         generator = progress.epoch_start.generator("uniform over clusters")
         return uniform_over_clusters(self.assignments.rows.cpu(), generator)
 
+    @property
+    @override
+    def knows_training_images_only(self) -> bool:
+        return True
+
     @override
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Scores "logits" [B, clusters]."""

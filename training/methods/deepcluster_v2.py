@@ -145,6 +145,11 @@ class DeepClusterV2(Method):
         seen = rows.any(-1, keepdim=True)
         self.memory.rows.copy_(torch.where(seen, centred, 0)[:, None].expand_as(self.memory.rows))
 
+    @property
+    @override
+    def knows_training_images_only(self) -> bool:
+        return True
+
     @override
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Float32 "embedding" [B, V, D] of length 1."""

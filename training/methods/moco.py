@@ -117,6 +117,11 @@ class Moco(Method):
             follow(self.key_encoder.parameters(), self.encoder.parameters(), momentum)
             follow(self.key_projection.parameters(), self.projection.parameters(), momentum)
 
+    @property
+    @override
+    def knows_training_images_only(self) -> bool:
+        return self.options.dictionary == "bank"
+
     @override
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Embeddings: "query" [B, D] of the first view and, unless the dictionary is a bank, "key"

@@ -65,6 +65,11 @@ class Npid(Method):
         self.projection = nn.Linear(feature_dim(self.encoder), options.projection_dim)
         self.bank = FeatureBank(samples, options.projection_dim)
 
+    @property
+    @override
+    def knows_training_images_only(self) -> bool:
+        return True
+
     @override
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Embeddings: "projection" [B, D], not normalised."""

@@ -163,6 +163,11 @@ class Pcl(Method):
         follow(self.key_encoder.parameters(), self.encoder.parameters(), momentum)
         follow(self.key_projection.parameters(), self.projection.parameters(), momentum)
 
+    @property
+    @override
+    def knows_training_images_only(self) -> bool:
+        return True
+
     @override
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Not normalised: "query" [B, D] of the first view, "key" [B, D] of the second."""
