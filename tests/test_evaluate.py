@@ -524,8 +524,9 @@ def test_evaluate_says_what_is_missing(
 ) -> None:
     flat = tmp_path / "flat"
     shutil.copytree(data / "test" / "red", flat)
-    fewer = tmp_path / "fewer"
-    shutil.copytree(data / "test", fewer, ignore=lambda *_: ["blue"])
+    others = tmp_path / "others"
+    shutil.copytree(data / "test", others)
+    (others / "blue").rename(others / "violet")
     no_encoder = tmp_path / "no_encoder"
     shutil.copytree(run, no_encoder, ignore=lambda *_: ["encoder.safetensors"])
     for arguments, sentence in (
@@ -534,7 +535,7 @@ def test_evaluate_says_what_is_missing(
         ([run, "--data.val", flat], "7 of the 7 images of .*flat have no label"),
         ([run, "--data.train", flat], "--data.val is missing"),
         ([run, "--data.train", flat, "--data.val", data], "--data.train: 7 of the 7 images"),
-        ([run, "--data.val", fewer], "different classes \\(3 and 2"),
+        ([run, "--data.val", others], "different classes: 1 of the second, such as 'violet'"),
         ([run, "--k", "61"], "at least 61 training samples; there are 60"),
         ([run, "--json", tmp_path / "none" / "x.json"], "there is no directory"),
         ([run, "--run.device", "cuda"], "no CUDA device"),

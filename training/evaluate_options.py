@@ -80,6 +80,27 @@ def parse_evaluate(
     judged.add_argument(
         "--pixels", action="store_true", help="judge the pixels of the test view, without a network"
     )
+    _add_view_options(parser)
+    add("--batch-size", type=_positive, default=256, help="images per process and step")
+    add("--engine", help="auto, or an engine by name; default: the run's")
+    add(
+        "--data.approximate",
+        dest="approximate",
+        metavar="NAMES",
+        help="what the engine may do differently, separated by commas; default: the run's",
+    )
+    add("--threads", type=_positive, help="of the engine, per process")
+    add("--precision", choices=["fp32", "bf16"], default="fp32")
+    add("--run.device", dest="device", choices=["auto", "cpu", "cuda"], default="auto")
+    for module in modules.values():
+        add_options(parser, module)
+    options = parser.parse_args(arguments)
+    options.test = _view_change(options)
+    settings = {name: options_of(module, options) for name, module in modules.items()}
+    return [(modules[name], settings[name]) for name in asked], options
+
+
+def _add_view_options(parser: argparse.ArgumentParser) -> None:
     view = parser.add_argument_group("the view that is judged", "Default: the run's")
     view.add_argument("--test.size", dest="size", type=int, metavar="N", help="pixels of its side")
     view.add_argument(
@@ -98,28 +119,16 @@ def parse_evaluate(
             metavar="X",
             help=f"{meaning} pixels in [0, 1]: one number per channel",
         )
-    add("--batch-size", type=_positive, default=256, help="images per process and step")
-    add("--engine", help="auto, or an engine by name; default: the run's")
-    add(
-        "--data.approximate",
-        dest="approximate",
-        metavar="NAMES",
-        help="what the engine may do differently, separated by commas; default: the run's",
-    )
-    add("--threads", type=_positive, help="of the engine, per process")
-    add("--precision", choices=["fp32", "bf16"], default="fp32")
-    add("--run.device", dest="device", choices=["auto", "cpu", "cuda"], default="auto")
-    for module in modules.values():
-        add_options(parser, module)
-    options = parser.parse_args(arguments)
-    options.test = ViewChange(
+
+
+def _view_change(options: argparse.Namespace) -> ViewChange:
+    """What --test.* says. Raises ConfigError for what no view can be."""
+    return ViewChange(
         size=options.size,
         resize=options.resize,
         mean=options.mean and tuple(options.mean),
         std=options.std and tuple(options.std),
     )
-    settings = {name: options_of(module, options) for name, module in modules.items()}
-    return [(modules[name], settings[name]) for name in asked], options
 
 
 def _positive(text: str) -> int:
