@@ -144,6 +144,29 @@ def test_neighbours_do_not_depend_on_how_the_work_is_cut(seed: int, tiles: tuple
         assert torch.equal(torch.cat([getattr(part, name) for part in row_by_row]), expected)
 
 
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(1, 12),
+    spread=st.sampled_from([1.0, 1e-3, 1e-6, 0.0]),
+    tile_rows=st.sampled_from([16, 100, 1000]),
+)
+@settings(max_examples=40, deadline=None)
+def test_neighbours_found_in_float32_are_those_of_float64(
+    seed: int, count: int, spread: float, tile_rows: int
+) -> None:
+    """More samples than candidates; the smaller the spread, the more of them only float64 tells
+    apart, down to copies of one image."""
+    random = np.random.default_rng(seed)
+    rows = normalise(torch.tensor(random.normal(size=32) + spread * random.normal(size=(300, 32))))
+    bank, queries = Features(torch.arange(300) * 3, rows, torch.arange(300)), rows[::37]
+    found = nearest(bank, queries, count, tile_rows)
+    similarities = queries.double() @ rows.double().T
+    order = similarities.argsort(dim=1, descending=True, stable=True)[:, :count]
+    assert torch.equal(found.labels, order)
+    assert torch.equal(found.ids, order * 3)
+    assert torch.equal(found.similarities, similarities.gather(1, order))
+
+
 @given(st.integers(0, 10**6), st.sampled_from([2, 384, 2048]))
 @settings(max_examples=10, deadline=None)
 def test_similarities_are_exact(seed: int, width: int) -> None:

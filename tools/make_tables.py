@@ -263,6 +263,24 @@ def quickstart_section(lines: Sequence[Line]) -> str:
     return "\n\n".join([markdown(_filled(rows)), f"{note} {_where(last)}"])
 
 
+def demo_section(lines: Sequence[Line]) -> str:
+    """What the first page says of the quickstart: means over its runs, or ranges."""
+    judged = {
+        name: sorted(line["knn"][name] for line in lines)
+        for name in ("trained", "pixels", "untrained")
+    }
+    trained, pixels, untrained = judged.values()
+    costs = sorted(line["train_cpu_seconds"] for line in lines if line["train_cpu_seconds"])
+    seeds = len({line["seed"] for line in lines})
+    return (
+        f"**{sum(trained) / len(trained):.1f} %** of CIFAR-10's test images find their class among "
+        f"their nearest neighbours ({trained[0]:.1f} to {trained[-1]:.1f} over {seeds} seeds), "
+        f"after {costs[0]:,.0f} to {costs[-1]:,.0f} CPU seconds of training; by raw pixels it is "
+        f"{pixels[0]:.1f} %, by the untrained network {sum(untrained) / len(untrained):.1f} % "
+        f"([measured](tools/benchmarks/README.md#quickstart) {_last(lines)['date'][:10]})."
+    )
+
+
 def recipes_section() -> str:
     """The named recipes: what each is, its views, how many deviations it lists, its GPU graph."""
     from headrace.pipelines.engines.dali.describe import graph_of
@@ -354,6 +372,7 @@ SECTIONS = (
     Section("speed", "speed", speed_section),
     Section("costs", "costs", costs_section),
     Section("methods", "methods", methods_section),
+    Section("demo", "quickstart", demo_section),
     Section("quickstart", "quickstart", quickstart_section),
 )
 """Those made of measurements; `recipes` is made of the code."""
