@@ -19,6 +19,7 @@ from headrace.shards.atomic import HashedFile, atomic_file
 from headrace.shards.headers import PILLOW_ERRORS, HeaderError, read_header
 from headrace.shards.index import ENCODED, INDEX_DTYPE, RAW, ShardError, content_hash
 from headrace.shards.manifest import ShardFile
+from headrace.shards.pixels import in_words
 
 VERSION = 2
 PAGE_BYTES_AT_LEAST = 1 << 21
@@ -88,7 +89,7 @@ def beton_item(image: bytes) -> Item:
             mode = opened.mode
             pixels = opened.convert("RGB")
     except PILLOW_ERRORS as error:
-        raise ShardError(f"an image that cannot be decoded ({error})") from error
+        raise ShardError(f"an image that cannot be decoded ({in_words(error)})") from error
     if mode.startswith(("I", "F")):
         raise ShardError(
             f"an image of mode {mode}: .beton files hold 8 bits per channel; convert it first"

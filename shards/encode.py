@@ -11,9 +11,9 @@ The policy, in the order in which it is applied:
   range is undefined), a side above 65,500 pixels (neither JPEG nor .beton can hold it).
 * Kept byte for byte: grey and YCbCr JPEG (baseline, extended, progressive; also the first picture
   of an MPO), and 8-bit PNG without alpha. The content decides, never the file name. EXIF rotation
-  is neither applied nor removed: pixels are what Pillow's `convert("RGB")` gives.
-* Repaired: a missing JPEG end marker is appended. JPEGs with other corrupt-data warnings but a
-  whole image are encoded again as they decode.
+  is neither applied nor removed: pixels are what `pixels` makes of them, for every engine too.
+* Repaired: a missing JPEG end marker is appended, a second start marker removed. JPEGs with other
+  corrupt-data warnings but a whole image are encoded again as they decode.
 * Converted: everything else. Lossless sources (PNG with alpha or 16 bits, GIF's first frame, BMP,
   TIFF, ...) become PNG, the others (CMYK or RGB JPEG, lossy WebP, AVIF, ...) JPEG of quality 95.
 * Asked for: `max_side_pixels` shrinks (lossless stays lossless), `quality` makes everything JPEG.
@@ -36,6 +36,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from headrace.shards.index import ShardError
+from headrace.shards.kinds import unreadable_kind
+from headrace.shards.pixels import NO_IMAGE, PixelError, eight_bit, in_words
 
 CONVERSION_QUALITY = 95
 LARGEST_SIDE_PIXELS = 65_500
@@ -43,15 +45,14 @@ LARGEST_SIDE_PIXELS = 65_500
 # Formats that Pillow decodes itself. A closed list: Pillow would also start Ghostscript for EPS.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
-_END_MARKER = b"\xff\xd9"
+_START_MARKER, _END_MARKER = b"\xff\xd8", b"\xff\xd9"
 
 NO_BYTES = "zero bytes"
-NO_IMAGE = "not an image, or of no known format"
 TRUNCATED = "truncated or damaged: cannot be decoded whole"
 BOMB = "more pixels than Pillow's decompression bomb limit"
-UNDEFINED_RANGE = "32-bit pixels, whose range is undefined"
 TOO_LONG = "a side above 65,500 pixels"
 
+START_MARKER_REMOVED = "second JPEG start marker removed"
 END_MARKER_APPENDED = "missing JPEG end marker appended"
 DAMAGED_REENCODED = "JPEG with corrupt-data warnings encoded again as it decodes"
 PNG_REWRITTEN = "PNG with damaged chunks written again"
@@ -230,6 +231,9 @@ def _decode(data: bytes) -> _Decoded:
 
 def _decode_jpeg(data: bytes) -> _Decoded:
     repair = None
+    if data.startswith(_START_MARKER + _START_MARKER):
+        # Some cameras write it twice. Browsers take that, Pillow does not.
+        data, repair = data[len(_START_MARKER) :], START_MARKER_REMOVED
     complaint = _complaint(data)
     if complaint is not None:
         # Appending an end marker mends what lacks nothing else; the rest still complains.
@@ -275,11 +279,10 @@ def _load(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise _Rejected(BOMB, str(error)) from error
     except Image.UnidentifiedImageError as error:
-        # The message holds the address of a buffer.
-        raise _Rejected(NO_IMAGE) from error
+        raise _Rejected(unreadable_kind(data) or NO_IMAGE) from error
     except Exception as error:
         # Parsers of broken headers raise nearly anything; every kind means the same here.
-        raise _Rejected(TRUNCATED, f"{type(error).__name__}: {error}") from error
+        raise _Rejected(TRUNCATED, in_words(error)) from error
     try:
         image.load()
     except MemoryError:
@@ -287,24 +290,16 @@ def _load(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise _Rejected(BOMB, str(error)) from error
     except Exception as error:
-        raise _Rejected(TRUNCATED, f"{type(error).__name__}: {error}") from error
+        raise _Rejected(TRUNCATED, in_words(error)) from error
     return image
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     """The pixels as 8-bit grey or RGB, alpha dropped."""
-    mode = image.mode
-    if mode in ("L", "RGB"):
-        return image
-    if mode.startswith("I;16") or (mode == "I" and image.format == "PPM"):
-        # The high byte, as Pillow itself takes for 16-bit RGB. It reads 16-bit PGM as mode I.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if mode in ("I", "F"):
-        raise _Rejected(UNDEFINED_RANGE, f"mode {mode}")
     try:
-        return image.convert("L" if mode in ("1", "LA") else "RGB")
-    except (ValueError, OSError) as error:
-        raise _Rejected(NO_IMAGE, f"mode {mode}: {error}") from error
+        return eight_bit(image)
+    except PixelError as error:
+        raise _Rejected(error.reason, error.detail) from error
 
 
 def _is_lossless(image: Image.Image, data: bytes) -> bool:

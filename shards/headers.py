@@ -14,6 +14,9 @@ from typing import Literal
 from PIL import Image
 
 from headrace.shards.errors import UserError
+from headrace.shards.jpeg_frame import find_frame
+from headrace.shards.kinds import unreadable_kind
+from headrace.shards.pixels import PixelError, in_words, require_defined_range
 
 PILLOW_ERRORS = (
     OSError,
@@ -29,9 +32,6 @@ PILLOW_ERRORS = (
 
 _PNM = re.compile(rb"P[1-6](?:\s+#[^\n]*\n)*\s+(\d+)(?:\s+#[^\n]*\n)*\s+(\d+)\s")
 _PNM_HEADER_BYTES = 512
-_STANDALONE_MARKERS = frozenset((0x01, *range(0xD0, 0xD8)))  # TEM and RSTn carry no length
-_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn, not DHT, JPG, DAC
-_HUFFMAN_DCT_FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive
 
 
 class HeaderError(UserError):
@@ -71,48 +71,12 @@ def read_header(data: bytes | memoryview) -> ImageHeader:
 
 
 def _jpeg(data: bytes | memoryview) -> ImageHeader | None:
-    """Walk the segments up to the frame header (ITU-T T.81, annex B); None if there is none.
-
-    The colour space of three components follows from markers as libjpeg decides it: JFIF means
-    YCbCr, else Adobe's transform flag, else the component ids "RGB" mean RGB.
-    """
-    position, end = 2, len(data)
-    has_jfif, adobe_transform = False, None
-    while position + 4 <= end:
-        if data[position] != 0xFF:
-            position += 1  # junk between segments; decoders skip it too
-            continue
-        marker = data[position + 1]
-        if marker in (0xFF, 0x00):
-            position += 1
-            continue
-        if marker in _STANDALONE_MARKERS:
-            position += 2
-            continue
-        if marker in (0xD9, 0xDA):  # end of image or start of scan before any frame
-            return None
-        length = (data[position + 2] << 8) | data[position + 3]
-        body = position + 4
-        if marker in _FRAME_MARKERS and body + 6 <= end:
-            precision, height, width, components = struct.unpack_from(">BHHB", data, body)
-            ids = bytes(data[body + 6 : body + 6 + 3 * components : 3])
-            if components == 3 and not has_jfif:
-                is_rgb = adobe_transform == 0 if adobe_transform is not None else ids == b"RGB"
-            else:
-                is_rgb = False
-            plain = (
-                components in (1, 3)
-                and not is_rgb
-                and precision == 8
-                and marker in _HUFFMAN_DCT_FRAMES
-            )
-            return ImageHeader("jpeg", height, width, plain)
-        if marker == 0xE0 and bytes(data[body : body + 5]) == b"JFIF\0":
-            has_jfif = True
-        elif marker == 0xEE and length >= 14 and bytes(data[body : body + 5]) == b"Adobe":
-            adobe_transform = data[body + 11] if body + 11 < end else None
-        position += 2 + max(length, 2)
-    return None
+    """None where no frame header is found."""
+    doubled = bytes(data[2:4]) == b"\xff\xd8"
+    frame = None if doubled else find_frame(data)
+    if doubled or (frame is not None and (frame.precision_bits != 8 or frame.height == 0)):
+        raise HeaderError(str(unreadable_kind(data)))
+    return None if frame is None else ImageHeader("jpeg", frame.height, frame.width, frame.plain)
 
 
 def _ask_pillow(data: bytes | memoryview) -> ImageHeader:
@@ -120,8 +84,12 @@ def _ask_pillow(data: bytes | memoryview) -> ImageHeader:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
             kind = "jpeg" if image.format in ("JPEG", "MPO") else "other"
+            require_defined_range(image)
+    except PixelError as error:
+        raise HeaderError(str(error)) from error
     except PILLOW_ERRORS as error:
-        raise HeaderError(f"not a readable image ({error})") from error
+        words = unreadable_kind(data) or in_words(error)
+        raise HeaderError(words) from error
     if height == 0 or width == 0:
         raise HeaderError(f"an image of {width} x {height} pixels")
     return ImageHeader(kind, height, width)

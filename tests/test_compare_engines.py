@@ -17,8 +17,8 @@ from headrace.pipelines import engines, recipes
 from headrace.pipelines.approximation import APPROXIMATIONS
 from headrace.pipelines.batch import Batch, Erased, Mixed
 from headrace.pipelines.engines.device_stage import normalize
-from headrace.pipelines.engines.reference import decode
 from headrace.pipelines.ops import RAND_AUGMENT_OPERATIONS, RandAugment
+from headrace.shards.pixels import decode_rgb
 from headrace.shards.store import Store, open_store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +96,7 @@ def test_an_op_happens_to_most_pictures(store: Store) -> None:
         if case.source in ("square", "faded") and not case.finished and "blur" not in name:
             work = tool.work_for(case, store, 4, 0)
             made = tool.execute("reference", case, work, 1).batch.views[0]
-            untouched = np.stack([np.asarray(decode(data)) for data in work.encoded])
+            untouched = np.stack([np.asarray(decode_rgb(data)) for data in work.encoded])
             changed = (made.permute(0, 2, 3, 1).numpy() != untouched).any(axis=(1, 2, 3))
             assert changed.mean() >= 0.5, name
 

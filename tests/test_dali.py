@@ -16,7 +16,7 @@ pytest.importorskip("nvidia.dali")
 
 from headrace.pipelines import engines, recipes
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.engines import SampleError, Unsupported, Work, reference
+from headrace.pipelines.engines import SampleError, Unsupported, Work
 from headrace.pipelines.engines.dali import engine as dali
 from headrace.pipelines.ops import (
     CenterCrop,
@@ -33,6 +33,7 @@ from headrace.pipelines.ops import (
     Solarize,
     ViewOp,
 )
+from headrace.shards.pixels import decode_rgb
 from tests.dali_cases import (
     CPU,
     file_bytes,
@@ -190,7 +191,7 @@ def test_files_are_decoded_as_pillow_does(pictures: list[Image.Image]) -> None:
     sizes = [(picture.height, picture.width)] * len(encoded)
     (made,) = run_dali(augmentation, [work_of(augmentation, list(encoded.values()), sizes)])
     for view, (name, data) in zip(made.views[0], encoded.items(), strict=True):
-        expected = reference.decode(data)
+        expected = decode_rgb(data)
         left, top = round((expected.width - side) / 2), round((expected.height - side) / 2)
         pixels = np.asarray(expected)[top : top + side, left : left + side]
         assert np.array_equal(view.permute(1, 2, 0).numpy(), pixels), name

@@ -22,12 +22,10 @@ from headrace.shards.encode import (
     END_MARKER_APPENDED,
     FIRST_FRAME,
     NO_BYTES,
-    NO_IMAGE,
     PNG_REWRITTEN,
     SIXTEEN_BITS,
     TOO_LONG,
     TRUNCATED,
-    UNDEFINED_RANGE,
     Encoded,
     EncodeOptions,
     LeftOut,
@@ -36,6 +34,7 @@ from headrace.shards.encode import (
     encode_pixels,
 )
 from headrace.shards.index import ShardError
+from headrace.shards.pixels import NO_IMAGE, UNDEFINED_RANGE
 
 HEIGHT, WIDTH = 120, 160
 
@@ -233,7 +232,7 @@ def test_warnings_with_a_whole_image_lead_to_a_new_jpeg(odd: dict[str, bytes]) -
 LEFT_OUT = {
     "half": TRUNCATED, "half with end marker": TRUNCATED, "half progressive": TRUNCATED,
     "without the last scan": TRUNCATED, "half a png": TRUNCATED, "nothing": NO_BYTES,
-    "text": NO_IMAGE, "header alone": NO_IMAGE, "bomb": BOMB, "float tiff": UNDEFINED_RANGE,
+    "text": "an HTML page", "header alone": NO_IMAGE, "bomb": BOMB, "float tiff": UNDEFINED_RANGE,
 }  # fmt: skip
 
 

@@ -32,11 +32,11 @@ from headrace.pipelines.batch import Batch, Erased, Mixed
 from headrace.pipelines.draw import draw
 from headrace.pipelines.engines import EngineName, Work
 from headrace.pipelines.engines.device_stage import device_stage
-from headrace.pipelines.engines.reference import decode
 from headrace.pipelines.ops import resized_shape
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.errors import UserError
 from headrace.shards.index import ShardError
+from headrace.shards.pixels import decode_rgb
 from headrace.shards.store import Store
 from headrace.tools.arguments import some_of, whole
 from headrace.tools.bench.machine import machine, package_versions
@@ -169,7 +169,7 @@ def work_for(case: Case, store: Store, samples: int, seed: int) -> Work:
     encoded = store.read(ids)
     sizes = store.sizes(ids)
     if case.source != "jpeg":
-        pictures = [decode(data) for data in encoded]
+        pictures = [decode_rgb(data) for data in encoded]
         if case.source in ("square", "faded"):
             pictures = [_square(picture, PIXELS) for picture in pictures]
         if case.source == "faded":

@@ -22,13 +22,13 @@ from PIL import Image, ImageDraw
 from headrace.pipelines import recipes
 from headrace.pipelines.approximation import APPROXIMATIONS, Approximation
 from headrace.pipelines.batch import Batch
-from headrace.pipelines.engines.reference import decode
 from headrace.pipelines.loader import LoaderError, open_loader
 from headrace.pipelines.masks import BlockMask, Mask, MultiBlockMask, RandomMask
 from headrace.pipelines.recipe import Augmentation, View
 from headrace.shards.atomic import atomic_file
 from headrace.shards.errors import UserError
 from headrace.shards.index import ShardError
+from headrace.shards.pixels import decode_rgb
 from headrace.shards.store import Store
 from headrace.tools.arguments import png, positive, some_of
 from headrace.tools.contact_sheet import CAPTION_HEIGHT, Cell, Group, contact_sheet, fitting_columns
@@ -221,7 +221,9 @@ def _cells(batches: Sequence[Batch], request: Request) -> tuple[list[Cell], str]
                 labels += ["", "", f"{number(difference.mean())} / {number(difference.max())}"]
         caption = class_name(int(batch.labels[row]), store.classes)
         small_print = (f"{ids[row]}: {name}", *_mixing(batch, row))
-        cells.append(Cell(decode(encoded), caption, small_print, tuple(pictures), tuple(labels)))
+        cells.append(
+            Cell(decode_rgb(encoded), caption, small_print, tuple(pictures), tuple(labels))
+        )
     return cells, f", differences x {factor}" if len(batches) == 2 else ""
 
 

@@ -22,9 +22,9 @@ from PIL import Image
 from torch import nn
 
 from headrace.pipelines.engines import choose
-from headrace.pipelines.engines.reference import decode
 from headrace.shards.atomic import atomic_file
 from headrace.shards.errors import UserError
+from headrace.shards.pixels import decode_rgb
 from headrace.shards.store import Store, dataset_splits
 from headrace.tools.arguments import positive
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
@@ -219,11 +219,11 @@ def _sheet(
             for neighbour, theirs in zip(
                 compared.train.read(ids), neighbours.labels[row].tolist(), strict=True
             ):
-                views.append(framed(decode(neighbour), frame_colour(label, theirs)))
+                views.append(framed(decode_rgb(neighbour), frame_colour(label, theirs)))
                 captions.append(class_name(theirs, classes) if theirs >= 0 else "")
         cells.append(
             Cell(
-                decode(encoded),
+                decode_rgb(encoded),
                 class_name(label, classes),
                 (f"{compared.ids[row]}: {names[row]}",),
                 tuple(views),

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, assert_never
 
 import numpy as np
@@ -42,6 +41,7 @@ from headrace.pipelines.ops import (
     resized_shape,
 )
 from headrace.pipelines.recipe import Augmentation
+from headrace.shards.pixels import decode_rgb, in_words
 
 F: Any = functional  # it takes Pillow pictures and gives them back; its annotations say Tensor
 
@@ -52,15 +52,6 @@ _INTERPOLATION: dict[Interpolation, InterpolationMode] = {
     "bilinear": InterpolationMode.BILINEAR,
     "bicubic": InterpolationMode.BICUBIC,
 }
-
-
-def decode(encoded: NDArray[np.uint8]) -> Image.Image:
-    """The RGB picture in an encoded file: as stored (EXIF orientation ignored), alpha dropped.
-
-    Raises what Pillow raises where the file is damaged, cut off or no picture.
-    """
-    with Image.open(BytesIO(encoded.data)) as file:
-        return file.convert("RGB")
 
 
 def blur_kernel_size(op: GaussianBlur, sigma: float, size: int) -> int:
@@ -241,9 +232,9 @@ class ReferenceEngine:
     def _decode(work: Work, row: int) -> Image.Image:
         sample_id = int(work.plan.ids[row])
         try:
-            picture = decode(work.encoded[row])
+            picture = decode_rgb(work.encoded[row])
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
-            raise SampleError(sample_id, f"{type(error).__name__}: {error}") from error
+            raise SampleError(sample_id, in_words(error)) from error
         height, width = (int(side) for side in work.plan.sizes[row])
         if (picture.height, picture.width) != (height, width):
             raise SampleError(

@@ -26,6 +26,7 @@ from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.batch import Batch
 from headrace.pipelines.engines.contract import EngineKind, SampleError, Unsupported, Work
 from headrace.pipelines.engines.dali.columns import AFFINE
+from headrace.pipelines.engines.dali.files import file_for_dali
 from headrace.pipelines.engines.dali.graph import (
     FINISHED,
     build_pipeline,
@@ -35,6 +36,7 @@ from headrace.pipelines.engines.dali.graph import (
 from headrace.pipelines.engines.dali.nodes import Placement
 from headrace.pipelines.ops import RandAugment
 from headrace.pipelines.recipe import Augmentation
+from headrace.shards.pixels import PixelError
 
 BATCHES_IN_FLIGHT = 2
 
@@ -94,8 +96,9 @@ class DaliEngine:
             whole = np.array([_is_cut_short(encoded) for encoded in item.encoded])
             finished = self._finished is not None
             columns = input_columns(self._augmentation, item.plan, whole, finished=finished)
+            files = [_file(item, row) for row in range(len(item.encoded))]
             in_flight.append(item)
-            return item.encoded, *columns.values()
+            return files, *columns.values()
 
         pipeline = self._pipeline = build_pipeline(
             self._augmentation,
@@ -179,6 +182,13 @@ class DaliEngine:
                 return _wrong_size(work, row, size)
         ids = ", ".join(str(sample) for sample in work.plan.ids)
         return RuntimeError(f"DALI stopped at the batch of samples {ids}: {_complaint(error)}")
+
+
+def _file(work: Work, row: int) -> NDArray[np.uint8]:
+    try:
+        return file_for_dali(work.encoded[row])
+    except PixelError as error:
+        raise SampleError(int(work.plan.ids[row]), str(error)) from error
 
 
 def _is_cut_short(encoded: NDArray[np.uint8]) -> bool:

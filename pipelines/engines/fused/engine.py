@@ -12,7 +12,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Collection, Generator, Iterator
-from io import BytesIO
 from operator import gt
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -21,7 +20,6 @@ import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from typing_extensions import override
 
 from headrace.pipelines.approximation import Approximation
@@ -31,6 +29,7 @@ from headrace.pipelines.engines.fused.memory import Room, aligned, allocate, roo
 from headrace.pipelines.engines.fused.program import Layout, lower
 from headrace.pipelines.engines.fused.render import Program, Scratch, mix, render
 from headrace.pipelines.recipe import Augmentation
+from headrace.shards.pixels import decode_rgb, in_words
 
 BATCHES_IN_FLIGHT = 2
 
@@ -72,8 +71,7 @@ def _decode(encoded: NDArray[np.uint8], buffer: NDArray[np.uint8]) -> _Pixels:
         width, height = int(header[1]), int(header[2])
         if encoded.size - header.end() >= 3 * height * width:
             return _Pixels(_read_only(encoded), header.end(), height, width)
-    with Image.open(BytesIO(encoded.data)) as file:
-        pixels = np.array(file.convert("RGB"))
+    pixels = np.array(decode_rgb(encoded))
     return _Pixels(_read_only(pixels.reshape(-1)), 0, *pixels.shape[:2])
 
 
@@ -187,8 +185,7 @@ class _Thread:
         try:
             pixels = _decode(job.work.encoded[row], self._picture)
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
-            reason = f"{type(error).__name__}: {error}"
-            raise SampleError(job.sample_id(row), reason) from error
+            raise SampleError(job.sample_id(row), in_words(error)) from error
         height, width = job.sizes[row]
         if pixels.height != height or pixels.width != width:
             raise SampleError(
