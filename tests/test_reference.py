@@ -24,7 +24,6 @@ from headrace.pipelines.engines.reference import (
     BATCHES_IN_FLIGHT,
     apply_op,
     blur_kernel_size,
-    decode,
     gaussian_blur,
 )
 from headrace.pipelines.ops import (
@@ -45,6 +44,7 @@ from headrace.pipelines.ops import (
     resized_shape,
 )
 from headrace.pipelines.recipe import Augmentation, Mix, RandomErasing, View
+from headrace.shards.pixels import decode_rgb
 
 
 def photo_like(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -325,16 +325,16 @@ def test_blur_of_tiny_views_takes_what_the_border_allows(size: int, sigma: float
 
 def test_decode_takes_pixels_as_stored(pixels: NDArray[np.uint8]) -> None:
     for kind in ("PNG", "PPM"):
-        np.testing.assert_array_equal(np.asarray(decode(encoded(pixels, kind))), pixels)
+        np.testing.assert_array_equal(np.asarray(decode_rgb(encoded(pixels, kind))), pixels)
     rgba = np.dstack([pixels, np.full(pixels.shape[:2], 7, np.uint8)])
-    np.testing.assert_array_equal(np.asarray(decode(encoded(rgba, "PNG"))), pixels)
+    np.testing.assert_array_equal(np.asarray(decode_rgb(encoded(rgba, "PNG"))), pixels)
     gray = pixels[..., 0]
-    np.testing.assert_array_equal(np.asarray(decode(encoded(gray, "PNG")))[..., 2], gray)
+    np.testing.assert_array_equal(np.asarray(decode_rgb(encoded(gray, "PNG")))[..., 2], gray)
     turned = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(pixels).save(turned, "JPEG", exif=exif)
-    assert decode(np.frombuffer(turned.getvalue(), np.uint8)).size == (61, 44)
+    assert decode_rgb(np.frombuffer(turned.getvalue(), np.uint8)).size == (61, 44)
 
 
 SHAPES = [(40, 52), (33, 33), (60, 41), (24, 90), (48, 48), (50, 37), (41, 41)]
@@ -425,7 +425,7 @@ def test_engine_gives_what_the_ops_give_one_by_one(
         assert found.dtype == torch.uint8
         assert found.is_contiguous(memory_format=torch.channels_last)
         for row, file in enumerate(files):
-            picture = decode(file)
+            picture = decode_rgb(file)
             for op, draws in zip(view.executed, planned.ops, strict=True):
                 picture = apply_op(picture, op, draws, row)
             np.testing.assert_array_equal(found[row].permute(1, 2, 0).numpy(), picture)
@@ -443,7 +443,7 @@ def test_every_declared_op_is_executed_and_the_rest_handed_on(
     (view,), (planned,) = AUGMENTED.flat_views, work.plan.views
     assert len(view.executed) == len(view.ops) + 2
     for row, file in enumerate(files[:6]):
-        picture = decode(file)
+        picture = decode_rgb(file)
         for op, draws in zip(view.executed, planned.ops, strict=True):
             picture = apply_op(picture, op, draws, row)
         np.testing.assert_array_equal(batch.views[0][row].permute(1, 2, 0).numpy(), picture)
