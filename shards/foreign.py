@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.shards import class_numbers
 from headrace.shards.atomic import atomic_file
 from headrace.shards.headers import HeaderError, ImageHeader, read_header
 from headrace.shards.index import ENCODED, INDEX_DTYPE, Index, ShardError, encode_name, read_index
 from headrace.shards.index import write_index as write_index_files
 from headrace.shards.mapping import map_file
 from headrace.shards.progress import progress_bar
-from headrace.shards.tar_labels import TarLabels, number_labels, read_class_names, renumbered
+from headrace.shards.tar_labels import number_labels, read_class_names
 from headrace.shards.tar_samples import TarScan, scan_tar
 
 CACHE_VERSION = 2
@@ -96,8 +97,9 @@ def numbered_by(foreign: Foreign, train: Foreign, where: str) -> Foreign:
     if not train.classes or foreign.classes in ((), train.classes):
         return foreign
     labels = foreign.index.rows["label"].astype(np.int64)
-    there = TarLabels([labels], foreign.classes)
-    (numbers,) = renumbered(there, train.classes, where).labels
+    numbers = class_numbers.numbered_by(
+        class_numbers.ClassNumbers(labels, foreign.classes), train.classes, where
+    ).labels
     if np.array_equal(numbers, labels):
         return replace(foreign, classes=train.classes)
     rows = np.array(foreign.index.rows)
@@ -135,10 +137,10 @@ def _scan_tars(
             progress.update(len(data) - sum(image.length for image in scan.images))
             tables.append(rows)
     bad.refuse("write the tars again without them")
-    labels = number_labels(paths, scans, class_names)
+    numbers = number_labels(paths, scans, class_names)
     rows = np.concatenate(tables)
-    rows["label"] = np.concatenate(labels.labels)
-    return _Gathered(rows, names, labels.classes, labels.notes)
+    rows["label"] = numbers.labels
+    return _Gathered(rows, names, numbers.classes, numbers.notes)
 
 
 def open_folder(root: Path) -> Foreign:

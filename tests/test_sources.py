@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -571,3 +572,65 @@ def test_tars_beside_unpacked_folders_are_not_taken_for_the_set(tmp_path: Path) 
     write_tar(tmp_path / "train.tar", shard_files(0, 1))
     (split,) = list_source(tmp_path)
     assert len(split.samples) == len(TRAIN)
+
+
+# ---------------------------------------------------------------- Parquet: labels and nulls
+
+
+def parquet_of(path: Path, columns: dict[str, list], images: list[bytes | None]) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    cells = [None if data is None else {"bytes": data, "path": None} for data in images]
+    arrays = {name: pyarrow.array(values) for name, values in columns.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table({"image": pyarrow.array(cells, kind), **arrays}), path)
+    return path
+
+
+def test_text_labels_of_parquet_are_classes_numbered_by_train(tmp_path: Path) -> None:
+    parquet_of(tmp_path / "train-0.parquet", {"label": ["dog", "cat", None]}, [b"1", b"2", b"3"])
+    parquet_of(tmp_path / "test-0.parquet", {"label": ["dog"]}, [b"4"])
+    splits = by_name(list_source(tmp_path))
+    assert contents(splits["train"]) == {"1": 1, "2": 0, "3": -1}
+    assert contents(splits["test"]) == {"4": 1}
+    assert splits["train"].classes == splits["test"].classes == (ClassName("cat"), ClassName("dog"))
+    assert contents(list_source(tmp_path, "test")[0]) == {"4": 1}
+    parquet_of(tmp_path / "test-0.parquet", {"label": ["newt"]}, [b"4"])
+    with pytest.raises(ShardError, match=r"test .* 1 class.* that train lacks, as 'newt'"):
+        list_source(tmp_path)
+
+
+def test_classes_in_another_order_are_mapped_by_name(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-0.parquet", [(b"1", None, 0), (b"2", None, 1)])
+    parquet_of(tmp_path / "test-0.parquet", {"label": ["dog", "cat"]}, [b"3", b"4"])
+    assert contents(by_name(list_source(tmp_path))["test"]) == {"3": 1, "4": 0}
+
+
+@pytest.mark.parametrize(
+    ("columns", "note"),
+    [
+        ({"labels": [[0, 1], [1]]}, "the column 'labels' holds list.* is not used"),
+        ({"class": [0, 1]}, r"no column is called label.*; not read: class \(int64\)"),
+        ({"label": [0.5, 1.0]}, "the column 'label' holds double.* is not used"),
+    ],
+)
+def test_labels_of_parquet_that_are_not_used_are_said(
+    tmp_path: Path, columns: dict[str, list], note: str
+) -> None:
+    (split,) = list_source(parquet_of(tmp_path / "some.parquet", columns, [b"1", b"2"]))
+    assert set(contents(split).values()) == {-1}
+    assert re.search(note, " ".join(split.notes))
+
+
+def test_labels_from_one_are_said(tmp_path: Path) -> None:
+    path = parquet_of(tmp_path / "some.parquet", {"label": [1, 2]}, [b"1", b"2"])
+    (split,) = list_source(path)
+    assert "class 0 has no image" in " ".join(split.notes)
+    assert contents(split) == {"1": 1, "2": 2}
+
+
+def test_nulls_of_parquet_are_files_of_no_bytes(tmp_path: Path) -> None:
+    path = parquet_of(tmp_path / "some.parquet", {"label": [0, 1, 1]}, [b"1", None, b"3"])
+    (split,) = list_source(path)
+    assert [data for data, _ in read_all(split)] == [b"1", b"", b"3"]

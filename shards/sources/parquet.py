@@ -6,9 +6,13 @@ file; image bytes are read by the workers, a row group at a time.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from headrace.shards.class_numbers import ClassNumbers, class_numbers, numbered_by
 from headrace.shards.index import ShardError
 from headrace.shards.manifest import ClassName
 from headrace.shards.sources.samples import ParquetReference, Sample, SourceSplit
@@ -17,13 +21,30 @@ if TYPE_CHECKING:
     import pyarrow
 
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
+_Label = int | str | None
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """Samples of some files, all labels -1 as yet, and what their label column holds.
+
+    class_names: of a ClassLabel column, () where there are none. notes: what is not used.
+    """
+
+    samples: list[Sample]
+    labels: list[_Label]
+    class_names: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def list_parquet(files: Mapping[str, Sequence[Path]], only: str | None) -> list[SourceSplit]:
     """List Parquet files, given by split; a split's files count in the order given.
 
-    A sample's name is the path stored beside its bytes, else `<file stem>/<row>`.
-    Raises `ShardError` if pyarrow is missing or a file has no column of image bytes.
+    A sample's name is the path stored beside its bytes, else `<file stem>/<row>`. Labels are whole
+    numbers, or text, whose sorted distinct values are the classes. Every split is numbered by
+    train's classes.
+    Raises `ShardError` if pyarrow is missing, a file has no column of image bytes, or a split has a
+    class that train lacks.
     """
     try:
         import pyarrow.parquet  # noqa: F401
@@ -34,29 +55,65 @@ def list_parquet(files: Mapping[str, Sequence[Path]], only: str | None) -> list[
     if "" in files and len(files) > 1:
         path = files[""][0]
         raise ShardError(f"{path}: its name says no split, but other files' do; move it away")
-    return [
-        _list_split(name, paths) for name, paths in files.items() if only is None or only == name
-    ]
+    train = None
+    if "train" in files:
+        listed = _list_files(files["train"])
+        train = listed, _numbered(files["train"][0], listed)
+    splits: list[SourceSplit] = []
+    for name, paths in files.items():
+        if only not in (None, name):
+            continue
+        if name == "train" and train is not None:
+            listed, numbers = train
+        else:
+            listed = _list_files(paths)
+            numbers = _numbered(paths[0], listed)
+            if train is not None and train[1].classes and numbers.classes:
+                numbers = numbered_by(numbers, train[1].classes, f"{name} ({paths[0]})")
+        samples = [
+            replace(sample, label=label)
+            for sample, label in zip(listed.samples, numbers.labels.tolist(), strict=True)
+        ]
+        classes = tuple(ClassName(class_name) for class_name in numbers.classes)
+        notes = (*listed.notes, *numbers.notes)
+        splits.append(SourceSplit(name, "Parquet", classes, samples, notes))
+    return splits
 
 
-def _list_split(name: str, paths: Sequence[Path]) -> SourceSplit:
-    samples: list[Sample] = []
-    classes: tuple[ClassName, ...] | None = None
-    for path in paths:
-        listed, names = _list_file(path)
-        if classes is not None and names != classes:
+def _list_files(paths: Sequence[Path]) -> _Listed:
+    first, *rest = (_list_file(path) for path in paths)
+    samples, labels, notes = list(first.samples), list(first.labels), list(first.notes)
+    for path, listed in zip(paths[1:], rest, strict=True):
+        if listed.class_names != first.class_names:
             raise ShardError(f"{path} names other classes than {paths[0]}")
-        classes = names
-        samples += listed
-    highest = max((sample.label for sample in samples), default=-1)
-    if not classes:
-        classes = tuple(ClassName(str(label)) for label in range(highest + 1))
-    if highest >= len(classes):
-        raise ShardError(f"{paths[0]}: label {highest}, but only {len(classes)} class names")
-    return SourceSplit(name, "Parquet", classes, samples)
+        samples += listed.samples
+        labels += listed.labels
+        notes += listed.notes
+    return _Listed(samples, labels, first.class_names, tuple(dict.fromkeys(notes)))
 
 
-def _list_file(path: Path) -> tuple[list[Sample], tuple[ClassName, ...]]:
+def _numbered(path: Path, listed: _Listed) -> ClassNumbers:
+    """The class numbers of a label column. Raises `ShardError`."""
+    texts = sorted({label for label in listed.labels if isinstance(label, str)})
+    if texts:
+        position = {text: number for number, text in enumerate(texts)}
+        if any(isinstance(label, int) for label in listed.labels):
+            raise ShardError(f"{path}: labels are text there and numbers in another file")
+        numbers = [-1 if label is None else position[str(label)] for label in listed.labels]
+        note = "labels are text: the classes are its sorted distinct values"
+        return ClassNumbers(np.array(numbers, np.int64), tuple(texts), (note,))
+    labels = np.array([-1 if label is None else label for label in listed.labels], np.int64)
+    if len(labels) and labels.min() < -1:
+        raise ShardError(f"{path}: the label column holds labels below -1")
+    if not listed.class_names:
+        return class_numbers(labels)
+    highest = int(labels.max(initial=-1))
+    if highest >= len(listed.class_names):
+        raise ShardError(f"{path}: label {highest}, but only {len(listed.class_names)} class names")
+    return ClassNumbers(labels, listed.class_names)
+
+
+def _list_file(path: Path) -> _Listed:
     import pyarrow
     import pyarrow.parquet
 
@@ -65,28 +122,28 @@ def _list_file(path: Path) -> tuple[list[Sample], tuple[ClassName, ...]]:
             schema = file.schema_arrow
             features = _features(schema.metadata)
             image = _image_column(path, schema)
-            label = _label_column(schema, features)
+            label, notes = _label_column(schema, features, image)
             has_paths = schema.field(image).type.get_field_index("path") >= 0
             columns = [f"{image}.path"] * has_paths + ([] if label is None else [label])
             samples: list[Sample] = []
+            labels: list[_Label] = []
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=columns)
                 count = file.metadata.row_group(group).num_rows
-                cells = table.column(image).to_pylist() if has_paths else [{"path": None}] * count
+                cells = table.column(image).to_pylist() if has_paths else [None] * count
                 samples += [
                     Sample(
-                        cell["path"] or f"{path.stem}/{len(samples) + row:08d}",
-                        sample_label,
+                        (cell or {}).get("path") or f"{path.stem}/{len(samples) + row:08d}",
+                        -1,
                         ParquetReference(str(path), image, group, row),
                     )
-                    for row, (cell, sample_label) in enumerate(
-                        zip(cells, _labels(path, table, label, count), strict=True)
-                    )
+                    for row, cell in enumerate(cells)
                 ]
+                labels += [None] * count if label is None else table.column(label).to_pylist()
     except pyarrow.ArrowException as error:
         raise ShardError(f"{path} is damaged or no Parquet file: {error}") from error
     class_names = features.get(label or "", {}).get("names") or ()
-    return samples, tuple(ClassName(str(name)) for name in class_names)
+    return _Listed(samples, labels, tuple(str(name) for name in class_names), notes)
 
 
 def _features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
@@ -112,24 +169,36 @@ def _image_column(path: Path, schema: "pyarrow.Schema") -> str:
     return columns[0]
 
 
-def _label_column(schema: "pyarrow.Schema", features: Mapping[str, Any]) -> str | None:
-    import pyarrow
-
-    for name in _LABEL_COLUMNS:
-        if name in schema.names and pyarrow.types.is_integer(schema.field(name).type):
-            return name
+def _label_column(
+    schema: "pyarrow.Schema", features: Mapping[str, Any], image: str
+) -> tuple[str | None, tuple[str, ...]]:
+    """The column of labels, None if there is none, and notes on columns that look like one."""
+    named = [name for name in _LABEL_COLUMNS if name in schema.names]
     declared = [
         name
         for name in schema.names
         if isinstance(features.get(name), dict) and features[name].get("_type") == "ClassLabel"
     ]
-    return declared[0] if len(declared) == 1 else None
+    usable = [name for name in (*named, *declared) if _is_label(schema.field(name).type)]
+    if usable and (usable[0] in named or len(declared) == 1):
+        others = [name for name in dict.fromkeys((*named, *declared)) if name != usable[0]]
+        return usable[0], tuple(f"the column {name!r} is not used" for name in others)
+    if named:
+        held = schema.field(named[0]).type
+        return None, (f"the column {named[0]!r} holds {held}, no class numbers, and is not used",)
+    others = [
+        f"{field.name} ({field.type})"
+        for field in schema
+        if field.name != image and _is_label(field.type)
+    ]
+    note = f"no column is called {', '.join(_LABEL_COLUMNS)}; not read: {', '.join(others)}"
+    return None, (note,) if others else ()
 
 
-def _labels(path: Path, table: "pyarrow.Table", label: str | None, count: int) -> list[int]:
-    if label is None:
-        return [-1] * count
-    labels = [-1 if value is None else value for value in table.column(label).to_pylist()]
-    if any(value < -1 for value in labels):
-        raise ShardError(f"{path}: the column {label} holds labels below -1")
-    return labels
+def _is_label(kind: "pyarrow.DataType") -> bool:
+    """Whole numbers or text."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)

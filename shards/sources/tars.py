@@ -5,11 +5,13 @@ tars and opening them gives the same names and labels.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from headrace.shards.class_numbers import ClassNumbers, numbered_by
 from headrace.shards.manifest import ClassName
 from headrace.shards.sources.samples import RangeReference, Sample, SourceSplit
-from headrace.shards.tar_labels import TarLabels, number_labels, read_class_names, renumbered
+from headrace.shards.tar_labels import number_labels, read_class_names
 from headrace.shards.tar_samples import Member, TarScan, iterate_members, scan_tar
 from headrace.shards.tar_sets import TarSet
 
@@ -22,32 +24,33 @@ def list_tar_set(tars: TarSet, only: str | None) -> list[SourceSplit]:
     """
     if only is not None and only not in tars.splits:
         return []
-    listed: dict[str, tuple[list[list[Member]], TarLabels]] = {}
+    listed: dict[str, tuple[list[Sample], ClassNumbers]] = {}
     for split, paths in tars.splits.items():
         scans = [scan_tar(path) for path in paths]
-        names = read_class_names(paths[0].parent)
-        listed[split] = _members(scans), number_labels(paths, scans, names)
+        numbers = number_labels(paths, scans, read_class_names(paths[0].parent))
+        listed[split] = _samples(paths, scans), numbers
     _, first = next(iter(listed.values()))
     splits: list[SourceSplit] = []
-    for split, (members, labels) in listed.items():
+    for split, (samples, numbers) in listed.items():
         if only not in (None, split):
             continue
-        if first.classes and labels.classes:
-            labels = renumbered(labels, first.classes, f"the {split} tars")
-        samples: list[Sample] = []
-        of_tars = zip(tars.splits[split], members, labels.labels, strict=True)
-        for path, of_tar, numbers in of_tars:
-            samples += [
-                Sample(image.name, label, RangeReference(str(path), image.offset, image.length))
-                for image, label in zip(of_tar, numbers.tolist(), strict=True)
-            ]
-        classes = tuple(ClassName(name) for name in labels.classes)
-        splits.append(SourceSplit(split, "WebDataset tars", classes, samples, labels.notes))
+        if first.classes and numbers.classes:
+            numbers = numbered_by(numbers, first.classes, f"the {split} tars")
+        labels = numbers.labels.tolist()
+        samples = [
+            replace(sample, label=label) for sample, label in zip(samples, labels, strict=True)
+        ]
+        classes = tuple(ClassName(name) for name in numbers.classes)
+        splits.append(SourceSplit(split, "WebDataset tars", classes, samples, numbers.notes))
     return splits
 
 
-def _members(scans: Sequence[TarScan]) -> list[list[Member]]:
-    return [[Member(i.name, i.offset, i.length) for i in scan.images] for scan in scans]
+def _samples(paths: Sequence[Path], scans: Sequence[TarScan]) -> list[Sample]:
+    return [
+        Sample(image.name, image.label, RangeReference(str(path), image.offset, image.length))
+        for path, scan in zip(paths, scans, strict=True)
+        for image in scan.images
+    ]
 
 
 def list_tar_of_tars(path: Path) -> list[SourceSplit] | None:
