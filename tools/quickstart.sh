@@ -60,10 +60,10 @@ TIMEFORMAT='%U %S %R'
 } 3>&2 2>>"$RUN/training-seconds"
 
 step "4/5 kNN on all test images"
-[ -f "$PIXELS" ] || python training/evaluate.py "$RUN" --protocol knn --pixels --json "$PIXELS"
+[ -f "$PIXELS" ] || python training/evaluate.py "$RUN" --protocol knn --k 20 --pixels --json "$PIXELS"
 [ -f "$RUN/knn-untrained.json" ] ||
-    python training/evaluate.py "$RUN" --protocol knn --untrained --json "$RUN/knn-untrained.json"
-[ -f "$RUN/knn.json" ] || python training/evaluate.py "$RUN" --protocol knn --json "$RUN/knn.json"
+    python training/evaluate.py "$RUN" --protocol knn --k 20 --untrained --json "$RUN/knn-untrained.json"
+[ -f "$RUN/knn.json" ] || python training/evaluate.py "$RUN" --protocol knn --k 20 --json "$RUN/knn.json"
 
 step "5/5 pictures"
 python tools/show_neighbours.py "$RUN" --among 12500 --out "$RUN/neighbours.png"
