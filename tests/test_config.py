@@ -185,8 +185,13 @@ def test_repeated_augmentation_reaches_the_order_of_training_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(samples, "open_loader", lambda *_, **options: options)
-    for line, copies in (("", 1), ("--data.repeated-augmentation 3", 3)):
-        config = parse(f"--method dino {line}")
+    for line, copies in (
+        ("--method dino", 1),
+        ("--method dino --data.repeated-augmentation 3", 3),
+        ("--method supervised --preset deit_s16_imagenet", 3),
+        ("--method supervised --preset deit_s16_imagenet --data.repeated-augmentation 1", 1),
+    ):
+        config = parse(line)
         options: Any = open_training_loader(config, STORE, None, World(), "auto")
         assert (options["occurrences"], options["keep_length"]) == (copies, True)
         assert options["batch_size"] == config.data.batch_size

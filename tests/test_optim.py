@@ -1,6 +1,7 @@
 """Schedules against their closed forms; optimisers against independent arithmetic."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,36 @@ def test_steps_fall_at_the_milestones() -> None:
     schedule = Schedule(optim, 256, 90)
     values = [schedule.learning_rate_at(epoch / 90) for epoch in (0, 29, 30, 59, 60, 89)]
     assert values == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_a_whole_cosine_begins_with_the_run() -> None:
+    """timm's CosineLRScheduler without `warmup_prefix`, as DeiT has it."""
+    optim = Optim(learning_rate=1, final_learning_rate=0.1, warmup_epochs=5)
+    shifted, whole = (
+        Schedule(replace(optim, schedule=schedule), 256, 300)
+        for schedule in ("cosine", "whole_cosine")
+    )
+    for progress in (0, 2 / 300):
+        assert whole.learning_rate_at(progress) == shifted.learning_rate_at(progress)
+    for epoch in (5, 108, 299):
+        expected = 0.1 + 0.9 * (1 + math.cos(math.pi * epoch / 300)) / 2
+        assert whole.learning_rate_at(epoch / 300) == pytest.approx(expected)
+    apart = [
+        shifted.learning_rate_at(epoch / 300) - whole.learning_rate_at(epoch / 300)
+        for epoch in range(300)
+    ]
+    assert 0.01 < max(apart) < 0.02
+
+
+@pytest.mark.parametrize("epoch_steps", [1, 3, 7, 1251])
+def test_a_rate_per_epoch_changes_with_the_first_step_of_each(epoch_steps: int) -> None:
+    schedule = Schedule(Optim(learning_rate=1, warmup_epochs=0, per_epoch=True), 256, 9)
+    rates = [schedule.learning_rate_at(step / (9 * epoch_steps)) for step in range(9 * epoch_steps)]
+    for epoch in range(9):
+        assert set(rates[epoch * epoch_steps : (epoch + 1) * epoch_steps]) == {
+            schedule.learning_rate_at(epoch / 9)
+        }
+    assert len(set(rates)) == 9
 
 
 def test_a_warmup_longer_than_the_run_is_cut_off() -> None:

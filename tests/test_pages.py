@@ -79,8 +79,7 @@ RUNS: dict[str, Run | Skipped] = {
         f"runs/distill-cifar10 {STEP}",
         CLASSIFIER,
     ),
-    "python training/train.py --method supervised --preset deit_s16_imagenet "
-    "--data.repeated-augmentation 3": Run(
+    "python training/train.py --method supervised --preset deit_s16_imagenet": Run(
         f"{SMALL} --backbone vit_tiny_patch16_224 --augmentation.group 4 --data.train data/cifar10",
         f"runs/supervised-cifar10 {STEP}",
         CLASSIFIER,

@@ -146,7 +146,11 @@ def _check_options(arguments: Sequence[str], presets: Iterable[Preset]) -> None:
 
 def _command_line_class(preset: Preset) -> type:
     """One dataclass of all options, with this preset's values as defaults."""
-    data = Data(batch_size=preset.batch_size, holdout=preset.holdout)
+    data = Data(
+        batch_size=preset.batch_size,
+        holdout=preset.holdout,
+        repeated_augmentation=preset.repeated_augmentation,
+    )
     views = [
         (view.name, declared := _view_class(view), _default(declared()))
         for view in preset.augmentation.views

@@ -10,6 +10,7 @@ fused kernels do so for a GradScaler; the training loop uses it to block the ste
 stops being finite, without asking the device for anything.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
@@ -46,6 +47,9 @@ class Schedule:
     def learning_rate_at(self, progress: float) -> float:
         """Warm-up, then the schedule."""
         optim = self.optim
+        if optim.per_epoch:
+            # The addend keeps an epoch's first step, whose progress may be rounded down, in it.
+            progress = math.floor(progress * self.total_epochs + 1e-6) / self.total_epochs
         final, start = self._scaled(optim.final_learning_rate), self._scaled(optim.warmup_from)
         warmup = optim.warmup_epochs / self.total_epochs
         if progress < warmup:
@@ -53,6 +57,8 @@ class Schedule:
         match optim.schedule:
             case "cosine":
                 return schedules.warmup_cosine(progress, self.peak, final, warmup, start)
+            case "whole_cosine":
+                return schedules.cosine(progress, self.peak, final)
             case "constant":
                 return self.peak
             case "steps":

@@ -66,8 +66,11 @@ class Optim:
     """Epochs of linear warm-up."""
     warmup_from: float = 0.0
     """Learning rate at the first step, under the same rule of scaling."""
-    schedule: Literal["cosine", "constant", "steps"] = "cosine"
-    """What follows the warm-up."""
+    schedule: Literal["cosine", "whole_cosine", "constant", "steps"] = "cosine"
+    """What follows the warm-up: a cosine that begins at its end, or the rest of one that began with
+    the run."""
+    per_epoch: bool = False
+    """The learning rate is set at the beginning of an epoch and stays, as older code has it."""
     milestones: tuple[float, ...] = ()
     """steps: fractions of the run at which the learning rate is multiplied by step-factor."""
     step_factor: float = 0.1
@@ -120,6 +123,7 @@ class Preset:
     objective: Any
     backbone_options: Mapping[str, Any] = field(default_factory=dict)
     holdout: float = 0.0
+    repeated_augmentation: int = 1
     notes: str = ""
 
 

@@ -127,7 +127,7 @@ PRESETS = {
         augmentation=replace(
             recipes.dino(local_count=0, global_scale=(0.08, 1.0)), name="barlow_twins"
         ),
-        test=recipes.center(),
+        test=recipes.center(interpolation="bilinear"),
         optim=Optim(
             name="lars",
             learning_rate=0.2,

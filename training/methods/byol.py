@@ -9,8 +9,10 @@ forward and back, and two forward, per image.
 As in the code: the target starts from weights of its own, not as a copy; it follows parameters
 alone, step by step, after the optimiser, and its batch norms train on its own batches; the two
 views are two batches to batch norm; hidden linear layers have a bias, last ones none.
-Deviations: no classifier on the side; linear layers start as torch's do (uniform), not Haiku's
-(normal); the loss is float32 under autocast. Judged is the online encoder.
+Deviations: no classifier on the side; layers start as timm's and torch's do (convolutions normal by
+fan-out, linear ones uniform), not as Haiku's (both truncated normal by fan-in); convolutions with
+stride pad both sides alike, where Haiku's "SAME" pads the end more; the loss is float32 under
+autocast. Judged is the online encoder.
 """
 
 from collections.abc import Mapping

@@ -10,9 +10,10 @@ As in the code: edges for input (blocks/sobel.py); the top layer has a bias and 
 rest decays as a whole; features of the test view in eval mode; an epoch's images are drawn as
 `UnifLabelSampler` does, those of small clusters with repetition (`order_table`).
 Deviations: features are clustered as the encoder gives them, in the code's VGG and AlexNet before
-their last ReLU; timm's VGG drops out its last features too; k-means runs on all ranks, in other
-random numbers than faiss. Under AdamW the top layer's moments outlive its new start. An image that
-an epoch shows more than 1024 times is then augmented as before (pipelines/table.py).
+their last ReLU; timm's VGG drops out its last features too; batch norm spans the global batch (the
+code: DataParallel, each GPU's share); k-means runs on all ranks, in other random numbers than
+faiss. Under AdamW the top layer's moments outlive its new start. An image that an epoch shows more
+than 1024 times is then augmented as before (pipelines/table.py).
 """
 
 from collections.abc import Mapping

@@ -207,7 +207,7 @@ PRESETS = {
         backbone="resnet50",
         backbone_options={"zero_init_last": False},
         augmentation=recipes.swav(),
-        test=recipes.center(std=_STD),
+        test=recipes.center(interpolation="bilinear", std=_STD),
         optim=Optim(
             name="larc",
             learning_rate=0.3,  # 4.8 at this batch size

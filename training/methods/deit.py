@@ -11,10 +11,13 @@ without distillation token (a ResNet, a plain ViT), which the code refuses, answ
 classifier.
 
 As in the code: the soft loss is divided by the batch and by the number of classes (issues 61, 116,
-134 there), C times smaller than the paper's equation 2; `soft_scale="batch"` gives that one.
-Deviations: no average of weights is kept (the code stores one and reports the model itself); the
-class and distillation tokens and positions see no weight decay, as the code's
-`no_weight_decay` has it; drop path is keyed by sample.
+134 there), C times smaller than the paper's equation 2; `soft_scale="batch"` gives that one. Each
+image is shown three times in a batch, and an epoch shows a third of them (RASampler); the cosine
+begins with the run, of which the warm-up covers the first epochs, and moves per epoch.
+Deviations: the code's rates come an epoch late (its scheduler is asked after each epoch); no
+average of weights is kept (the code stores one and reports the model itself); the class and
+distillation tokens and positions see no weight decay, as the code's `no_weight_decay` has it; drop
+path is keyed by sample.
 """
 
 from collections.abc import Mapping
@@ -202,6 +205,8 @@ _DEIT_OPTIM = Optim(
     learning_rate=2.5e-4,
     final_learning_rate=2.5e-6,
     warmup_epochs=5,
+    schedule="whole_cosine",
+    per_epoch=True,
     warmup_from=2.5e-7,
     weight_decay=0.05,
 )
@@ -215,8 +220,8 @@ PRESETS = {
         batch_size=1024,
         epochs=300,
         objective=Objective(teacher="regnety_160.deit_in1k"),
-        notes="Hard distillation from the authors' RegNetY-16GF: top-1 83.4 (the code's README), "
-        "there with --data.repeated-augmentation 3.",
+        repeated_augmentation=3,
+        notes="Hard distillation from the authors' RegNetY-16GF: top-1 83.4 (the code's README).",
     ),
     "s16_imagenet": Preset(
         backbone="deit_small_distilled_patch16_224",
@@ -226,6 +231,7 @@ PRESETS = {
         batch_size=1024,
         epochs=300,
         objective=Objective(teacher="regnety_160.deit_in1k"),
+        repeated_augmentation=3,
         notes="As imagenet: top-1 81.2.",
     ),
     "cifar": Preset(

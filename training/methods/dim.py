@@ -9,9 +9,11 @@ summary towards a uniform distribution. One view: cheap, and weaker than what co
 The local part sees the map at `local_stage`, the global part that map as one vector. Scores are
 dot products of two embeddings ("encode-and-dot-product" of appendix A.2), which networks of one
 kind make of places and summaries, as in the code. Deviations: pairs are those of the global batch;
-the global part scores by a dot product too (the paper's convolves a concatenation); the prior's
-discriminator moves first, in a phase of its own, without the code's gradient penalty, and the
-encoder takes the code's non-saturating loss against it (eq. 7; `gan_losses.py`, `generator_loss`).
+with InfoNCE the other places of a picture take no part, where the code lets them in with a score of
+-10; the global part scores by a dot product too (the paper's convolves a concatenation); the
+prior's discriminator moves first, in a phase of its own, without the code's gradient penalty, and
+the encoder takes the code's non-saturating loss against it (eq. 7; `gan_losses.py`,
+`generator_loss`).
 """
 
 from collections.abc import Mapping

@@ -9,7 +9,8 @@ As in the code: the centre moves after the loss, the teacher's temperature per e
 is clipped alone, a teacher with batch norm trains on its own batches (blocks/teacher.py), and
 frozen prototypes, having no gradient, see no weight decay either. Deviations: logits are float32
 under autocast; drop path is keyed by sample; a ViT is timm's, whose class token starts near 0 and
-whose positions are resized with antialiasing for small views.
+whose positions are resized with antialiasing for small views. The warm-up reaches its peak a step
+later than the code's (`np.linspace`).
 """
 
 from collections.abc import Mapping

@@ -10,7 +10,8 @@ look at the batch of all ranks (the code's KoLeo at one GPU's); logits are compu
 be, and in float32 under autocast; drop path's coins are independent and keyed by sample (the code
 drops a fixed share of a batch); frozen prototypes gather no moments; timm resizes positions with
 antialiasing for small views; patches are centred by their mean over all ranks, not the mean of the
-ranks' means. Epochs are passes over the data set; the code's are 1250 steps.
+ranks' means; the warm-up reaches its peak a step later than the code's (`np.linspace`). Epochs are
+passes over the data set; the code's are 1250 steps.
 """
 
 from collections.abc import Mapping

@@ -10,7 +10,9 @@ temperatures move per epoch; each parameter is clipped alone; frozen prototypes,
 see no weight decay either. Deviations: where the head is shared, both networks share it (the code's
 default lets the teacher alone do so); logits are computed where a mask may be, not everywhere, and
 in float32 under autocast; drop path is keyed by sample; timm resizes positions with antialiasing
-for small views. ViTs alone, no Swin.
+for small views; a block's area is drawn up to a whole number of patches, the code's up to a
+fraction of one; the warm-up reaches its peak a step later than the code's (`np.linspace`). ViTs
+alone, no Swin.
 """
 
 from collections.abc import Mapping

@@ -12,7 +12,8 @@ features are the mean of the patch tokens (BACKBONE_OPTIONS). Deviations: sizes 
 groups of samples, those of the code to a GPU's batch, so shorter ones are padded, hidden from
 attention and from the loss, in which each sample has the same weight; a context longer than
 `context_share` is cut to it, as the code cuts a batch's contexts to the shortest; the loss is
-float32 under autocast.
+float32 under autocast; all schedules stand a step behind the code's, which moves them before the
+first step.
 """
 
 import math
@@ -99,6 +100,7 @@ class Predictor(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+        shrink_branches(self.blocks)
 
     def forward(self, context: Tensor, places: Tensor, blocks: Tensor, counted: Tensor) -> Tensor:
         """context: tokens [B, c, in_dim] at `places` int64 [B, c]; blocks: places [B * t, n] of t
@@ -111,6 +113,25 @@ class Predictor(nn.Module):
         return self.out(self.norm(tokens[:, context.shape[1] :]))
 
 
+def start_as_published(encoder: VisionTransformer) -> None:
+    """Weights as `vision_transformer.py` of the code begins with them, where timm's differ."""
+    projection = encoder.patch_embed.proj
+    nn.init.trunc_normal_(projection.weight, std=0.02)
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)
+    shrink_branches(encoder.blocks)
+
+
+@torch.no_grad()
+def shrink_branches(blocks: nn.Sequential) -> None:
+    """The last layer of both branches of block l = 1, 2, ... divided by sqrt(2 l)
+    (`fix_init_weight`)."""
+    for number, block in enumerate(blocks, start=1):
+        assert isinstance(block, Block)
+        block.attn.proj.weight.div_(math.sqrt(2 * number))
+        block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+
+
 class Ijepa(Method):
     """`encoder` follows `context_encoder`, which is trained with the predictor."""
 
@@ -121,6 +142,7 @@ class Ijepa(Method):
         self.encoder = vision_transformer("ijepa", make_encoder, **BACKBONE_OPTIONS)
         require_patches("ijepa", mask, self.context_encoder)
         fix_positions(self.context_encoder)
+        start_as_published(self.context_encoder)
         start_equal(self.encoder, self.context_encoder)
         grid = self.context_encoder.patch_embed.grid_size
         self.predictor = Predictor(options, self.context_encoder.embed_dim, grid)

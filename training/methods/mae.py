@@ -7,8 +7,8 @@ features want fine-tuning: kNN and linear probes stay behind those of contrastiv
 The encoder is a plain timm VisionTransformer: its weights load in `timm.create_model` of the same
 name. Its features are the mean of the patch tokens after the final norm (BACKBONE_OPTIONS: no
 parameter is added or renamed). Deviations: timm's "jax" initialisation, which is Xavier on linear
-layers as in the code, but LeCun on the patch embedding and nearly 0 for the class token; float32
-loss under autocast.
+layers as in the code, but LeCun on the patch embedding, nearly 0 for the class token and, where the
+code has 0, a deviation of 1e-6 for the biases of MLPs; float32 loss under autocast.
 """
 
 from collections.abc import Mapping

@@ -17,7 +17,7 @@ here groups of `batch_norm_group` samples, equal for every world size, interleav
 (blocks/norm_groups.py), and running statistics of all groups, not of the first GPU's. "batch" and
 "bank" have the project's global batch norm: there all keys of a batch share their statistics, here
 the keys are old ones. Negatives of "bank" are drawn once for the batch and may hold an image's own
-row. Learning rates move per step, not per epoch.
+row.
 """
 
 from collections.abc import Mapping
@@ -202,7 +202,7 @@ def build(objective: Objective, make_encoder: MakeEncoder, facts: Facts) -> Moco
 
 
 _V1 = Objective(temperature=0.07, projection_layers=1)
-_SGD = Optim(name="sgd", learning_rate=0.03, warmup_epochs=0, weight_decay=1e-4)
+_SGD = Optim(name="sgd", learning_rate=0.03, warmup_epochs=0, per_epoch=True, weight_decay=1e-4)
 _V1_PRESET = Preset(
     backbone="resnet50",
     backbone_options={"zero_init_last": False},

@@ -242,7 +242,7 @@ _V2 = Preset(
     backbone_options={"zero_init_last": False},
     augmentation=recipes.moco_v2(),
     test=recipes.center(interpolation="bilinear"),
-    optim=Optim(name="sgd", learning_rate=0.03, warmup_epochs=0, weight_decay=1e-4),
+    optim=Optim(name="sgd", learning_rate=0.03, warmup_epochs=0, per_epoch=True, weight_decay=1e-4),
     batch_size=256,
     epochs=200,
     objective=Objective(),
@@ -262,7 +262,7 @@ PRESETS = {
         backbone="test_resnet",
         augmentation=recipes.moco_v2(32, blur=False),
         test=recipes.center(32, 32),
-        optim=replace(_V2.optim, learning_rate=0.12, warmup_epochs=0.5),
+        optim=replace(_V2.optim, learning_rate=0.12, warmup_epochs=0.5, per_epoch=False),
         batch_size=128,
         epochs=10,
         objective=Objective(

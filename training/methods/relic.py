@@ -11,9 +11,10 @@ From the paper: eq. 3; appendix E: BYOL's networks and average, LARS, schedule a
 paper, and chosen here: the temperature (SimCLR's), the weight of the penalty, the factor 1 of each
 direction, and that the distribution that the other one is compared with is taken as constant (in
 its successor's text it is).
-Deviations: the batch is the global one; logits are float32 under autocast; appendix E.1 names
-SimCLR's augmentations "as used in BYOL", with solarization: BYOL's views. Only the variant with a
-target network is here, not the plain ResNet-50 (70.3).
+Deviations: the batch is the global one; convolutions start as timm's do (normal by fan-out; BYOL's
+as truncated normal by fan-in, with other padding: byol.py); logits are float32 under autocast;
+appendix E.1 names SimCLR's augmentations "as used in BYOL", with solarization: BYOL's views. Only
+the variant with a target network is here, not the plain ResNet-50 (70.3).
 """
 
 from collections.abc import Mapping

@@ -12,7 +12,8 @@ v2 is this with a head of three layers, then two more runs: fine-tuning on the f
 
 Deviations: the loss is the paper's mean over 2B views; the code adds two means over B, twice that
 (under LARS this only matters to biases and norms, which LARS does not rescale). The code's LARS
-keeps the learning rate inside the momentum, ours outside. v2 fine-tunes from the head's first
+keeps the learning rate inside the momentum, ours outside. Convolutions start as timm's do (normal
+by fan-out), the code's as truncated normal by fan-in. v2 fine-tunes from the head's first
 layer, which helps where labels are few; a run leaves the encoder without its head. v2's memory of
 earlier batches is left out, as in the code.
 """

@@ -5,10 +5,11 @@ facebookresearch/simsiam. BYOL without the moving average: one network with a pr
 target is its own embedding, held constant. Works with plain SGD and ordinary batches, and has
 nothing but the network to keep; collapses without the stop-gradient. Costs: two passes per image.
 
-As in the code: the predictor's learning rate stays at its peak (`--fix-pred-lr`); weight decay is
+As in the code: the learning rate moves per epoch, the predictor's stays at its peak
+(`--fix-pred-lr`); weight decay is
 on everything; the two views are two batches to batch norm; the last layer of the projection has
 no bias (there: one that is frozen, which the batch norm behind it takes out).
-Deviations: the learning rate moves per step, not per epoch; the loss is float32 under autocast.
+Deviations: the loss is float32 under autocast.
 """
 
 from collections.abc import Mapping
@@ -102,8 +103,10 @@ def _imagenet(epochs: int, notes: str) -> Preset:
     return Preset(
         backbone="resnet50",
         augmentation=recipes.moco_v2(),
-        test=recipes.center(),
-        optim=Optim(name="sgd", learning_rate=0.05, warmup_epochs=0, weight_decay=1e-4),
+        test=recipes.center(interpolation="bilinear"),
+        optim=Optim(
+            name="sgd", learning_rate=0.05, warmup_epochs=0, per_epoch=True, weight_decay=1e-4
+        ),
         batch_size=512,
         epochs=epochs,
         objective=Objective(),

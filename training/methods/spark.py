@@ -10,7 +10,8 @@ encoder's batch norm has the statistics of pictures with holes, which whole pict
 As in the code: hidden pixels are 0 after normalisation; patches are normalised as MAE's; the last
 map is projected by a 1 x 1 convolution, or not at all where its width fits, the others by 3 x 3;
 drop path 0.05 for ResNet-50. The encoder is a plain timm ResNet. Deviations: batch norm is global
-over ranks, as the code's is where it has several GPUs; float32 loss under autocast.
+over ranks, as the code's is where it has several GPUs; float32 loss under autocast; step t of T is
+at t / T of the schedules, in the code at t / (T - 1).
 """
 
 from collections.abc import Mapping

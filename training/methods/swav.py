@@ -11,7 +11,8 @@ brought to length 1 before each step and stay for the first ones; the queue fill
 on and counts once it is full; LARC takes all parameters, biases too.
 Deviations: batch norm spans all ranks (the code: groups of 8 GPUs, the whole batch of 256); the
 hidden layer of the head has no bias, which its batch norm would take away; embeddings, logits and
-codes are float32 under autocast; with accumulation, codes are those of a micro-batch.
+codes are float32 under autocast; with accumulation, codes are those of a micro-batch. The
+warm-up reaches its peak a step later than the code's (`np.linspace`).
 """
 
 from collections.abc import Mapping
@@ -168,7 +169,7 @@ _IMAGENET = Preset(
     backbone="resnet50",
     backbone_options={"zero_init_last": False},
     augmentation=recipes.swav(),
-    test=recipes.center(std=_STD),
+    test=recipes.center(interpolation="bilinear", std=_STD),
     optim=Optim(
         name="larc",
         learning_rate=0.3,  # 4.8 at this batch size

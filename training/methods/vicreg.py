@@ -137,7 +137,7 @@ def _imagenet(epochs: int, batch_size: int, learning_rate: float, notes: str) ->
         backbone="resnet50",
         # BYOL's views by torchvision, in DINO's order of operations.
         augmentation=replace(recipes.dino(local_count=0, global_scale=(0.08, 1.0)), name="vicreg"),
-        test=recipes.center(),
+        test=recipes.center(interpolation="bilinear"),
         optim=Optim(
             name="lars",
             learning_rate=learning_rate,
