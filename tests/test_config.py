@@ -319,6 +319,7 @@ def test_a_subset_is_ids_names_or_last_parts(tmp_path: Path) -> None:
     assert subset(tmp_path, "b/2.png\n1.png\r\n") == [0, 2]
     assert subset(tmp_path, "3.png\n") == [4]  # a whole name wins over another's last part
     assert subset(tmp_path, "1\n b/3.png ") == [1, 3]
+    assert subset(tmp_path, "\ufeffa/1.png\r\n3.png\r\n") == [0, 4]  # as Windows' editors save it
     assert read_subset(None, STORE) is None
 
 

@@ -30,12 +30,14 @@ from headrace.pipelines.loader import Loader
 from headrace.shards.errors import UserError
 from headrace.shards.store import Store
 from headrace.training.catalogue import find_module, names_in
-from headrace.training.collectives import sum_over_ranks_
+from headrace.training.collectives import gather_objects, sum_over_ranks_
 from headrace.training.features import FeaturePass, Features, extract
 from headrace.training.preset import ConfigError
 from headrace.training.world import World
 
 Split = Literal["train", "val"]
+IDENTIFIERS_FROM = 10
+"""Labels whose largest is above so many times the number of those that occur are identifiers."""
 _REQUIRED = ("Options", "judge")
 
 
@@ -149,6 +151,23 @@ class Accuracy:
 def totals(values: list[int], world: World) -> list[int]:
     """Sums over all ranks."""
     return sum_over_ranks_(torch.tensor(values, device=world.device)).tolist()
+
+
+def with_class_numbers(train: Features, test: Features) -> tuple[Features, Features, int]:
+    """Both with labels that are class numbers, and the number of classes; the same on every rank.
+
+    Labels of which at most one in ten occurs are identifiers, and numbered in ascending order: what
+    is sized by the number of classes would be sized by the largest identifier. Others stay.
+    """
+    here = torch.cat([train.labels, test.labels]).unique().tolist()
+    occurring = sorted({label for labels in gather_objects(here) for label in labels})
+    classes = occurring[-1] + 1
+    if classes <= IDENTIFIERS_FROM * len(occurring):
+        return train, test, classes
+    known = torch.tensor(occurring, device=train.labels.device)
+    train = train._replace(labels=torch.searchsorted(known, train.labels))
+    test = test._replace(labels=torch.searchsorted(known, test.labels))
+    return train, test, len(occurring)
 
 
 def problem_of(share: Features, name: str, samples: int, world: World) -> str | None:

@@ -23,7 +23,7 @@ def read_subset(path: Path | None, store: Store) -> NDArray[np.int64] | None:
     if path is None:
         return None
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--data.subset {path} cannot be read: {error}") from error
     entries = [(number, line) for number, line in enumerate(lines, 1) if line]

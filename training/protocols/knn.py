@@ -27,10 +27,16 @@ from headrace.training.collectives import (
     broadcast_,
     gather_objects,
     gather_to,
-    largest_over_ranks_,
 )
 from headrace.training.features import Features
-from headrace.training.protocol import Accuracy, ProtocolError, Subject, problem_of, totals
+from headrace.training.protocol import (
+    Accuracy,
+    ProtocolError,
+    Subject,
+    problem_of,
+    totals,
+    with_class_numbers,
+)
 from headrace.training.protocol_options import option
 from headrace.training.world import World
 
@@ -252,8 +258,7 @@ def knn_accuracy(
             raise ProtocolError(f"kNN cannot judge these features: {problem}")
     fitting = _fitting(ks, train_samples)
     skipped = tuple(sorted({k for k in ks if k > train_samples}))
-    labels = torch.cat([train.labels, test.labels, train.labels.new_zeros(1)])
-    classes = int(largest_over_ranks_(labels.max())) + 1
+    train, test, classes = with_class_numbers(train, test)
 
     by_id = train.ids.argsort()
     bank = Features(train.ids[by_id], normalise(train.features[by_id]), train.labels[by_id])

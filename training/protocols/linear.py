@@ -33,9 +33,16 @@ from headrace.pipelines.counters import Kind
 from headrace.pipelines.permutation import permute
 from headrace.shards.progress import progress_bar
 from headrace.shards.store import Store
-from headrace.training.collectives import largest_over_ranks_, sum_over_ranks_
+from headrace.training.collectives import sum_over_ranks_
 from headrace.training.features import Features
-from headrace.training.protocol import Accuracy, ProtocolError, Subject, problem_of, totals
+from headrace.training.protocol import (
+    Accuracy,
+    ProtocolError,
+    Subject,
+    problem_of,
+    totals,
+    with_class_numbers,
+)
 from headrace.training.protocol_options import option
 from headrace.training.schedules import cosine
 from headrace.training.world import World
@@ -201,8 +208,7 @@ def linear_accuracy(
         if problem := problem_of(share, name, number, world):
             raise ProtocolError(f"a linear probe needs other features or labels: {problem}")
     held_out = _held_out(samples)
-    labels = torch.cat([train.labels, test.labels, train.labels.new_zeros(1)])
-    classes = int(largest_over_ranks_(labels.max())) + 1
+    train, test, classes = with_class_numbers(train, test)
     standard = _standard(train.features, samples)
     # A place in a permutation that the ids have for ever: the first ones are held out.
     places = permute(train.ids.cpu().numpy(), samples, seed=seed, kind=Kind.HOLDOUT, epoch=0)
