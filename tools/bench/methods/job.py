@@ -26,8 +26,8 @@ from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config
 from headrace.training.inputs import largest_side_pixels, open_train
 from headrace.training.preset import ConfigError
-from headrace.training.run.directory import CONFIG_FILE, ENCODER_FILE, METRICS_FILE
-from headrace.training.run.record import read_record
+from headrace.training.run.directory import CONFIG_FILE, ENCODER_FILE
+from headrace.training.run.record import read_metrics, read_record
 
 SCRIPTS = Path(training.__file__).parent
 TRAINED_FILE = "bench-trained.json"
@@ -168,7 +168,7 @@ def measure(run: Run) -> Job[Row]:
         training = yield from _trained(run)
         judged = yield from _judged(run, "trained", [])
         before = yield from _judged(run, "untrained", ["--untrained"], _untrained_file(run))
-        metrics = _metrics(run.directory / METRICS_FILE, run.config.data.batch_size)
+        metrics = _metrics(read_metrics(run.directory), run.config.data.batch_size)
     except (JobError, ConfigError) as error:
         return {**row, "status": "failed", "error": str(error), **_context(run.bench)}
     except Exception as error:  # whatever a method's code raises, its neighbours go on
@@ -307,10 +307,10 @@ def _untrained_file(run: Run) -> Path:
     return run.bench.runs / "untrained" / f"{digest.hexdigest()[:16]}.json"
 
 
-def _metrics(path: Path, batch_size: int) -> dict[str, Any]:
+def _metrics(logged: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
     """Rate and wait share over the steps that were logged, without those of the first line, in
     which kernels are compiled and the first batch is waited for, unless there are no others."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line for line in logged if "images_per_second" in line]
     steps = waited = passed = 0.0
     for before, line in pairwise(lines if len(lines) > 1 else [{"step": 0}, *lines]):
         taken = line["step"] - before["step"]
