@@ -146,8 +146,8 @@ PRESETS = {
         batch_size=128,
         epochs=10,
         objective=Objective(temperature=0.2),
-        notes="The paper's augmentation for CIFAR-10 (appendix B.9), with v2's brightness; the rest "
-        "is the demo's, sized for two CPU cores.",
+        notes="The paper's augmentation for CIFAR-10 (appendix B.9), with v2's brightness; the "
+        "rest is the demo's, sized for two CPU cores.",
     ),
     "demo": Preset(
         backbone="small_convnet",
