@@ -26,9 +26,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     (a full disk is an `OSError`).
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
-    descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
     try:
-        with os.fdopen(descriptor, "w+b") as file:
+        with partial.open("x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -40,7 +39,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make renames inside `directory` durable."""
+    """Make renames inside `directory` durable. Not on Windows, which opens no directories."""
+    if os.name == "nt":
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -14,7 +14,6 @@ about twice the size of the result. In return nothing is ever decoded twice.
 """
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -35,6 +34,7 @@ from headrace.shards.atomic import PARTIAL_SUFFIX, atomic_file
 from headrace.shards.cores import usable_cores
 from headrace.shards.encode import EncodeOptions
 from headrace.shards.index import ShardError, encode_name, write_index
+from headrace.shards.lock import HeldError, held
 from headrace.shards.manifest import (
     MANIFEST_FILE,
     PARTS_DIRECTORY,
@@ -136,8 +136,17 @@ def convert(
                         run, directory, split, options, requested, table, notes, order
                     )
                 result = Conversion(directory, manifest, was_complete=False)
-            shutil.rmtree(parts_directory)
+            _empty_parts(parts_directory)
+        # With the lock, which Windows keeps as long as it is held.
+        shutil.rmtree(parts_directory, ignore_errors=True)
     return result
+
+
+def _empty_parts(parts_directory: Path) -> None:
+    """Remove everything but the lock."""
+    for path in parts_directory.iterdir():
+        if path.name.partition("-")[0] != _LOCK_FILE:
+            path.unlink()
 
 
 def permutation(samples: int, seed: int) -> NDArray[np.int64]:
@@ -319,12 +328,13 @@ def _locked(directory: Path) -> Iterator[None]:
     """DIR/.parts is there, and for this process alone."""
     parts_directory = directory / PARTS_DIRECTORY
     parts_directory.mkdir(parents=True, exist_ok=True)
-    with (parts_directory / _LOCK_FILE).open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ShardError(f"another process is writing {directory}; wait for it") from error
-        yield
+    try:
+        with held(parts_directory / _LOCK_FILE):
+            yield
+    except HeldError as error:
+        raise ShardError(
+            f"another process is writing {directory} ({error.holder}); wait for it"
+        ) from error
 
 
 @contextmanager

@@ -5,13 +5,14 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LIBC = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec little is allowed
+# Loaded here: between fork and exec little is allowed.
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+def end_with_parent(number: signal.Signals | None = None) -> None:
     """The kernel sends this process `number` when the thread that started it ends, even killed.
 
-    Linux only; elsewhere nothing happens. Callable between fork and exec.
+    number: None for SIGKILL. Linux only; elsewhere nothing happens. Callable between fork and exec.
     """
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, number or signal.SIGKILL, 0, 0, 0)

@@ -7,7 +7,6 @@ theirs alive.
 """
 
 import mmap
-import resource
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -27,6 +26,10 @@ def map_file(path: Path) -> NDArray[np.uint8]:
 
 
 def _mappings_at_most() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows, where a mapping needs no descriptor
+        return 1 << 16
     soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 1 << 16 if soft_limit == resource.RLIM_INFINITY else max(soft_limit // 2, 8)
 

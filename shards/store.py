@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from headrace.shards.beton import read_beton_index
 from headrace.shards.foreign import fingerprint_of, numbered_by, open_folder, open_tars
 from headrace.shards.index import INDEX_FILE, RAW, Index, ShardError, read_index
+from headrace.shards.local import local_path
 from headrace.shards.manifest import MANIFEST_FILE, PARTS_DIRECTORY, read_manifest
 from headrace.shards.mapping import MappedFiles
 from headrace.shards.tar_sets import TarSet, recognise_tars, refuse_packed, tar_set
@@ -25,7 +26,6 @@ from headrace.shards.tar_sets import TarSet, recognise_tars, refuse_packed, tar_
 SPLITS = ("train", "val", "test")
 _PATTERN = re.compile(r"[*?\[{]")
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
-_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://|pipe:")
 _EXPECTED = (
     "expected a directory that make_shards wrote, a .beton file, WebDataset tars (a path, a glob, "
     "or x-{000..012}.tar), or a folder of images (one directory per class, or flat)"
@@ -202,9 +202,7 @@ def open_store(uri: str | Path, split: str | None = None) -> Store:
     missing or of another size than the manifest says.
     """
     text = os.path.expanduser(os.fspath(uri))
-    if _REMOTE.match(text):
-        raise ShardError(f"{text}: only files on this machine can be opened; {_EXPECTED}")
-    path = Path(os.path.abspath(text))
+    path = local_path(text)
     if path.is_dir():
         return _open_directory(path, split)
     if path.is_file():

@@ -19,6 +19,7 @@ from headrace.training.config import Config, parse_approximations
 from headrace.training.evaluate_options import parse_evaluate
 from headrace.training.inputs import feature_pass, open_training_loader
 from headrace.training.preset import ConfigError
+from headrace.training.protocol import find_protocol
 from headrace.training.world import World
 
 BOTH = "affine-bilinear,equalize-opencv"
@@ -75,7 +76,7 @@ def test_a_name_that_there_is_not_is_one_sentence(name: str, nearest: str) -> No
 
 def test_evaluation_takes_it_too_and_else_the_runs() -> None:
     def given(*arguments: str) -> argparse.Namespace:
-        return parse_evaluate(["run", *arguments])[1]
+        return parse_evaluate(["run", *arguments], find_protocol)[1]
 
     record = argparse.Namespace(approximate=("equalize-opencv",))
     chosen = evaluate.chosen_approximations

@@ -14,7 +14,7 @@ import torch
 
 from headrace.training.build import trained_encoder
 from headrace.training.catalogue import find_method
-from headrace.training.inputs import open_train
+from headrace.training.data_sets import open_train
 from headrace.training.run import checkpoint
 from headrace.training.run.record import read_record
 from tests.tiny_methods import CLASSES, NAMES, module_of, small_preset, tiny_teacher

@@ -27,8 +27,9 @@ from headrace.training.guard import Guard, Signals
 from headrace.training.meters import Meters
 from headrace.training.preset import ConfigError
 from headrace.training.run import checkpoint
-from headrace.training.run.directory import CheckpointError, cut_back_metrics, locked
+from headrace.training.run.directory import CheckpointError, cut_back_metrics
 from headrace.training.run.export import read_initial
+from headrace.training.run.lock import locked
 from headrace.training.world import World
 
 TRAIN = Path(training.__file__).parent / "train.py"

@@ -49,7 +49,7 @@ from headrace.tools.bench.methods.rows import (
     table,
 )
 from headrace.training.catalogue import method_names
-from headrace.training.inputs import open_train
+from headrace.training.data_sets import open_train
 from headrace.training.preset import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent

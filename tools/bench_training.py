@@ -53,9 +53,8 @@ from headrace.tools.bench.training.segment import (
 from headrace.tools.bench.training.verdict import Measured, Setting, decide, sentence
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config, total_steps
+from headrace.training.data_sets import largest_side_pixels, open_train
 from headrace.training.inputs import (
-    largest_side_pixels,
-    open_train,
     open_training_loader,
     with_paths,
 )

@@ -43,7 +43,7 @@ from headrace.tools.bench.machine import machine, package_versions
 from headrace.tools.compare_cases import LIMITS, PIXELS, Case, levels_of_one, op_cases, recipe_cases
 from headrace.tools.result_tables import agreement_table, cell
 from headrace.tools.view_pictures import last_parts
-from headrace.training.inputs import open_train
+from headrace.training.data_sets import open_train
 
 COMPARED: tuple[EngineName, ...] = ("fused", "dali")
 CPU = torch.device("cpu")

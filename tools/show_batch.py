@@ -43,7 +43,7 @@ from headrace.tools.view_pictures import (
     picture_of,
 )
 from headrace.training.catalogue import find_method, find_preset
-from headrace.training.inputs import largest_side_pixels, open_train
+from headrace.training.data_sets import largest_side_pixels, open_train
 from headrace.training.run.record import read_record
 
 ERASED_OUTLINE, PASTED_OUTLINE = (255, 255, 0), (255, 0, 255)

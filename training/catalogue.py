@@ -1,27 +1,31 @@
 """Methods by name: where the file of each is, what it offers, and its presets by name."""
 
 import importlib
+import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from headrace.training.method import Facts, MakeEncoder, Method
+from headrace.training.declared import read_declared
 from headrace.training.preset import ConfigError, Preset, nearest, require
+
+if TYPE_CHECKING:  # method.py loads torch, for which help and mistakes should not wait
+    from headrace.training.method import Facts, MakeEncoder, Method
 
 SMALL_PIXELS = 64  # the largest image of a data set that --preset auto calls CIFAR-sized
 
 Judgement = Literal["knn", "linear"]
 
-_REQUIRED = ("Objective", "PRESETS", "build")
+_DECLARED = ("Objective", "PRESETS")
 _OPTIONAL = ("BACKBONE_OPTIONS", "JUDGED_BY", "INIT_IS_TEACHER")
 
 
 @dataclass(frozen=True)
-class MethodModule:
-    """What a method's file offers, under the names of `method.py`, found and checked.
+class Declaration:
+    """What a method's file declares, under the names of `method.py`, found and checked.
 
     name: as --method has it. description: the file's docstring. objective_class: its Objective.
     """
@@ -30,10 +34,16 @@ class MethodModule:
     description: str
     objective_class: type[Any]
     presets: Mapping[str, Preset]
-    build: Callable[[Any, MakeEncoder, Facts], Method]
     backbone_options: Mapping[str, Any]
     judged_by: Judgement
     init_is_teacher: bool
+
+
+@dataclass(frozen=True)
+class MethodModule(Declaration):
+    """All that a method's file offers: what it declares, and how the method is built."""
+
+    build: "Callable[[Any, MakeEncoder, Facts], Method]"
 
 
 def find_method(name: str) -> MethodModule:
@@ -42,17 +52,25 @@ def find_method(name: str) -> MethodModule:
     Raises ConfigError, listing what exists, for an unknown name, and for a module that is no
     method.
     """
-    return _offered(name, find_module("--method", name, "methods"))
+    module = find_module("--method", name, "methods")
+    declaration = _offered(name, module, (*_DECLARED, "build"))
+    return MethodModule(**vars(declaration), build=module.build)
 
 
-def _offered(name: str, module: ModuleType) -> MethodModule:
+def find_declaration(name: str) -> Declaration:
+    """The same without importing what the method computes with; raises the same."""
+    module = declared_module("--method", name, "methods", (*_DECLARED, *_OPTIONAL))
+    return _offered(name, module, _DECLARED)
+
+
+def _offered(name: str, module: ModuleType, required: Iterable[str]) -> Declaration:
     """The parts of a method's file. Raises ConfigError where one is missing or misspelt."""
     parts = vars(module)
     where = f"--method {name}: {module.__file__}"
-    missing = [part for part in _REQUIRED if part not in parts]
+    missing = [part for part in required if part not in parts]
     require(not missing, f"{where} has no {' and no '.join(missing)}")
     for part in parts:
-        if part.isupper() and part not in (*_REQUIRED, *_OPTIONAL):
+        if part.isupper() and part not in (*_DECLARED, *_OPTIONAL):
             # A file may have constants of its own; one that reads like a part is a slip.
             meant = nearest(part, _OPTIONAL, cutoff=0.75)
             require(not meant, f"{where} has {part}, which means nothing{meant}")
@@ -61,12 +79,11 @@ def _offered(name: str, module: ModuleType) -> MethodModule:
         judged_by in get_args(Judgement),
         f"{where}: JUDGED_BY is {judged_by!r}; it must be {' or '.join(get_args(Judgement))}",
     )
-    return MethodModule(
+    return Declaration(
         name=name,
         description=(module.__doc__ or "").strip(),
         objective_class=parts["Objective"],
         presets=parts["PRESETS"],
-        build=parts["build"],
         backbone_options=parts.get("BACKBONE_OPTIONS", {}),
         judged_by=judged_by,
         init_is_teacher=parts.get("INIT_IS_TEACHER", False),
@@ -79,7 +96,7 @@ def method_names() -> list[str]:
 
 
 def find_preset(
-    method: MethodModule, preset_name: str, largest_side_pixels: Callable[[], int]
+    method: Declaration, preset_name: str, largest_side_pixels: Callable[[], int]
 ) -> tuple[str, Preset]:
     """(name, preset) of a method. "auto" is "cifar" where no image is larger than 64 pixels, else
     "imagenet". Raises ConfigError for a name that the method has not."""
@@ -101,24 +118,56 @@ def find_preset(
 def find_module(option: str, name: str, folder: str) -> ModuleType:
     """training/<folder>/<name>.py, or any importable module by dotted name, also in the current
     directory. Raises ConfigError, listing what exists, for an unknown name."""
-    if "." in name and (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # as `python -m` does, so that a file beside the data is found
-    module_name = name if "." in name else f"headrace.training.{folder}.{name}"
+    _look_here(name)
     try:
-        return importlib.import_module(module_name)
+        return importlib.import_module(_module_name(name, folder))
     except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise  # the file was found; something that it imports was not
-        if "." in name:
-            raise ConfigError(
-                f"{option} {name}: there is no module {error.name!r} in the current directory or "
-                f"on the Python path"
-            ) from error
-        names = names_in(folder)
-        raise ConfigError(
-            f"{option} {name} is unknown{nearest(name, names)}; there are {', '.join(names)} in "
-            f"training/{folder}, and any module by its dotted name"
-        ) from error
+        raise _unknown(option, name, folder, error) from error
+
+
+def declared_module(option: str, name: str, folder: str, wanted: Iterable[str]) -> ModuleType:
+    """The same, with no more than the wanted names and what they need. Raises the same."""
+    _look_here(name)
+    module_name = _module_name(name, folder)
+    try:
+        # Of a dotted name this imports the packages around the module.
+        found = importlib.util.find_spec(module_name)
+    except ModuleNotFoundError as error:
+        raise _unknown(option, name, folder, error) from error
+    if found is not None and found.origin and found.origin.endswith(".py"):
+        try:
+            return read_declared(Path(found.origin), f"{module_name}:declared", wanted)
+        except ConfigError:
+            raise
+        except Exception:  # whatever cannot be read in parts is imported as a whole
+            return find_module(option, name, folder)
+    return find_module(option, name, folder)
+
+
+def _look_here(name: str) -> None:
+    """As `python -m` does, so that a file beside the data is found by its dotted name."""
+    if "." in name and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+
+
+def _module_name(name: str, folder: str) -> str:
+    return name if "." in name else f"headrace.training.{folder}.{name}"
+
+
+def _unknown(option: str, name: str, folder: str, error: ModuleNotFoundError) -> Exception:
+    """A sentence where the module is not there; `error` where something that it imports is not."""
+    if error.name is None or not (_module_name(name, folder) + ".").startswith(error.name + "."):
+        return error
+    if "." in name:
+        return ConfigError(
+            f"{option} {name}: there is no module {error.name!r} in the current directory or on "
+            f"the Python path"
+        )
+    names = names_in(folder)
+    return ConfigError(
+        f"{option} {name} is unknown{nearest(name, names)}; there are {', '.join(names)} in "
+        f"training/{folder}, and any module by its dotted name"
+    )
 
 
 def names_in(folder: str) -> list[str]:

@@ -22,7 +22,7 @@ from headrace.pipelines.ops import OneOf, RecipeError, ViewOp
 from headrace.pipelines.recipe import Augmentation, Mix, RandomErasing, View
 from headrace.training.catalogue import (
     SMALL_PIXELS,
-    MethodModule,
+    Declaration,
     find_method,
     find_preset,
     method_names,
@@ -39,9 +39,12 @@ from headrace.training.preset import (
 
 
 def parse_command_line(
-    arguments: Sequence[str], largest_side_pixels: Callable[[Path | None], int]
+    arguments: Sequence[str],
+    largest_side_pixels: Callable[[Path | None], int],
+    find: Callable[[str], Declaration] = find_method,
 ) -> Config:
     """The configuration of a run. largest_side_pixels: of a training set, for --preset auto.
+    find: gives a method by its name, whole or what it declares.
 
     Raises ConfigError, one sentence, for whatever is wrong. Prints help and raises SystemExit(0)
     where help is asked for.
@@ -62,7 +65,7 @@ def parse_command_line(
         raise ConfigError(
             f"--method is missing: choose among {', '.join(method_names())}; --help shows examples"
         )
-    method = find_method(chosen.method)
+    method = find(chosen.method)
 
     _check_options(arguments, method.presets.values())
 
@@ -75,7 +78,7 @@ def parse_command_line(
 
 
 def _parse_options(
-    method: MethodModule, preset_name: str, preset: Preset, arguments: Sequence[str]
+    method: Declaration, preset_name: str, preset: Preset, arguments: Sequence[str]
 ) -> Any:
     """An instance of `_command_line_class`, the preset's values where nothing is given."""
     import tyro
@@ -234,7 +237,7 @@ def _augmented(augmentation: Augmentation, given: Any) -> Augmentation:
     )
 
 
-def _resolve(method: MethodModule, preset_name: str, preset: Preset, given: Any) -> Config:
+def _resolve(method: Declaration, preset_name: str, preset: Preset, given: Any) -> Config:
     run: Run = given.run
     if run.epochs is None and run.steps is None:
         run = replace(run, epochs=preset.epochs)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from headrace.shards.errors import UserError
-from headrace.training.world import rank_from_environment
+from headrace.training.environment import is_launched, rank_from_environment
 
 _HEAD_START_SECONDS = 3.0
 
@@ -29,6 +29,8 @@ def run_and_exit(main: Callable[[Sequence[str]], int]) -> NoReturn:
             raise
         code, message = 1, "another rank has ended; its own message says why"
         time.sleep(_HEAD_START_SECONDS)
+    except KeyboardInterrupt:
+        code, message = 130, "stopped"
     else:
         sys.exit(code)
     rank = rank_from_environment()
@@ -37,7 +39,7 @@ def run_and_exit(main: Callable[[Sequence[str]], int]) -> NoReturn:
         message = f"{message} (rank {rank})"
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201
-    if "LOCAL_RANK" in os.environ:
+    if is_launched():
         os._exit(code)  # a process group without its other ranks would wait at its end
     sys.exit(code)
 

@@ -1,7 +1,7 @@
 """Judge a run's encoder: how well do its frozen features tell classes apart?
 
     python training/evaluate.py RUN --protocol knn linear --data.train DIR --data.val DIR --json F
-    torchrun --standalone --nproc-per-node 8 training/evaluate.py RUN
+    python training/evaluate.py RUN --gpus 8
 
 Images go once through the run's own engine and its test view, a fixed view without augmentation
 (`--test.*` changes it), and every protocol takes these features. `--untrained` judges the same
@@ -10,12 +10,18 @@ judges the view itself. A protocol is a file of training/protocols, or any modul
 name.
 """
 
+if __name__ == "__main__":
+    # Help and mistakes need none of what follows; then this file is imported, and `main` called.
+    from headrace.training import launch
+
+    launch.evaluate()
+
 import argparse
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
@@ -28,20 +34,19 @@ from headrace.shards.store import Store
 from headrace.training.backbones import resolve_options
 from headrace.training.build import trained_encoder, untrained_encoder
 from headrace.training.config import parse_approximations
-from headrace.training.ending import run_and_exit
 from headrace.training.evaluate_options import parse_evaluate
 from headrace.training.features import FeaturePass
 from headrace.training.inputs import open_labelled
 from headrace.training.judged_view import changed, judged_pixels
 from headrace.training.preset import ConfigError
-from headrace.training.protocol import ProtocolError, Result, Subject
+from headrace.training.protocol import ProtocolError, Result, Subject, find_protocol
 from headrace.training.run.directory import versions
 from headrace.training.run.record import Record, read_record
 from headrace.training.world import World, join
 
 
 def main(arguments: Sequence[str]) -> int:
-    protocols, options = parse_evaluate(arguments)
+    protocols, options = parse_evaluate(arguments, find_protocol)
     started = time.perf_counter()
     record = read_record(options.run)
     train, val = open_labelled(options.train or record.train, options.val or record.val)
@@ -172,11 +177,3 @@ def collect_facts(
 
 def _data(store: Store) -> dict[str, Any]:
     return {"uri": store.uri, "samples": len(store), "fingerprint": store.fingerprint}
-
-
-def command() -> NoReturn:
-    run_and_exit(main)
-
-
-if __name__ == "__main__":
-    command()

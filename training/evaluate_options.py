@@ -1,22 +1,19 @@
 """The command line of evaluate.py: its own options, and those of every protocol."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from typing_extensions import override
 
 from headrace.training.invocation import as_typed
 from headrace.training.judged_view import ViewChange
 from headrace.training.preset import ConfigError
-from headrace.training.protocol import (
-    ProtocolModule,
-    ProtocolOptions,
-    find_protocol,
-    protocol_names,
-)
+from headrace.training.protocol import ProtocolDeclaration, ProtocolOptions, protocol_names
 from headrace.training.protocol_options import add_options, options_of
+
+Protocol = TypeVar("Protocol", bound=ProtocolDeclaration)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,13 +25,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_evaluate(
-    arguments: Sequence[str],
-) -> tuple[list[tuple[ProtocolModule, ProtocolOptions]], argparse.Namespace]:
-    """(the protocols that are asked for, by name, with their options; everything else)."""
+    arguments: Sequence[str], find: Callable[[str], Protocol]
+) -> tuple[list[tuple[Protocol, ProtocolOptions]], argparse.Namespace]:
+    """(the protocols that are asked for, by name, with their options; everything else).
+
+    find: gives a protocol by its name, whole or what it declares.
+    """
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--protocol", nargs="+", default=["knn"])
     asked = sorted(set(first.parse_known_args(arguments)[0].protocol))
-    modules = {name: find_protocol(name) for name in sorted({*asked, *protocol_names()})}
+    modules = {name: find(name) for name in sorted({*asked, *protocol_names()})}
     parser = _Parser(
         prog=as_typed("training/evaluate.py"),
         description="Judge a run's encoder by its frozen features of the recipe's test view, a "

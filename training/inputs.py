@@ -1,7 +1,6 @@
 """Where a run's images come from: paths, splits, and the loaders over them."""
 
 from dataclasses import replace
-from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -13,9 +12,11 @@ from torch import Tensor
 from headrace.pipelines.loader import Loader, open_loader
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.cores import threads_per_rank, usable_cores
+from headrace.shards.local import local_path
 from headrace.shards.store import SPLITS, Store, dataset_splits, find_dataset, open_store
 from headrace.training.class_numbers import numbered_alike, unlabelled
 from headrace.training.config import Config
+from headrace.training.data_sets import open_train
 from headrace.training.features import FeaturePass
 from headrace.training.preset import ConfigError
 from headrace.training.world import World
@@ -124,19 +125,6 @@ def _threads(config: Config, world: World) -> int:
     return config.data.threads or threads_per_rank(usable_cores(), world.local_size)
 
 
-def open_train(path: Path | None) -> Store:
-    """The training split of a data set; of the only one under ./data for None.
-
-    Opened once per process: the configuration looks at its sizes before the loop reads it.
-    """
-    return _open_train_once((path or find_dataset()).expanduser().absolute())
-
-
-@cache
-def _open_train_once(path: Path) -> Store:
-    return open_store(path, "train")
-
-
 def open_val(path: Path) -> Store:
     """The split to evaluate on: `val`, else `test`, of a root that has splits."""
     splits = dataset_splits(path)
@@ -169,19 +157,15 @@ def _beside(train: Path | None) -> Path:
     raise ConfigError(f"--data.val is missing: {train} has no val or test split")
 
 
-def largest_side_pixels(store: Store) -> int:
-    """Of all images, from the index alone."""
-    return int(store.sizes(np.arange(len(store), dtype=np.int64)).max(initial=0))
-
-
 def with_paths(config: Config) -> tuple[Config, Path]:
     """The configuration with the paths of all data absolute, and the run's directory. Left out,
     they are the only data set under ./data, and runs/<method>-<data set>."""
-    train = (config.data.train or find_dataset()).expanduser().absolute()
+    train = local_path(config.data.train or find_dataset())
     named = train.parent if train.name in SPLITS else train
     name = f"{config.method.rpartition('.')[2]}-{named.name.split('.')[0] or 'data'}"
     val, subset = _absolute(config.data.val), _absolute(config.data.subset)
     out = config.run.out or Path("runs") / name
+    local_path(out)  # refuses an address
     resolved = replace(
         config,
         init=_absolute(config.init),
@@ -192,4 +176,4 @@ def with_paths(config: Config) -> tuple[Config, Path]:
 
 
 def _absolute(path: Path | None) -> Path | None:
-    return None if path is None else path.expanduser().absolute()
+    return None if path is None else local_path(path)

@@ -21,24 +21,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any, Literal, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
-from torch import nn
-
-from headrace.pipelines.loader import Loader
 from headrace.shards.errors import UserError
 from headrace.shards.store import Store
-from headrace.training.catalogue import find_module, names_in
-from headrace.training.collectives import gather_objects, sum_over_ranks_
-from headrace.training.features import FeaturePass, Features, extract
+from headrace.training.catalogue import declared_module, find_module, names_in
 from headrace.training.preset import ConfigError
-from headrace.training.world import World
+
+if TYPE_CHECKING:  # what loads torch, for which help and mistakes should not wait
+    from torch import nn
+
+    from headrace.pipelines.loader import Loader
+    from headrace.training.features import FeaturePass, Features
+    from headrace.training.world import World
 
 Split = Literal["train", "val"]
 IDENTIFIERS_FROM = 10
 """Labels whose largest is above so many times the number of those that occur are identifiers."""
-_REQUIRED = ("Options", "judge")
 
 
 class ProtocolError(UserError):
@@ -73,14 +73,16 @@ class Subject:
     split, in the test view of the run. seconds: what took how long.
     """
 
-    encoder: nn.Module
-    passes: Mapping[Split, FeaturePass]
-    world: World
+    encoder: "nn.Module"
+    passes: "Mapping[Split, FeaturePass]"
+    world: "World"
     seconds: dict[str, float] = field(default_factory=dict)
-    _features: dict[Split, Features] = field(default_factory=dict, repr=False)
+    _features: "dict[Split, Features]" = field(default_factory=dict, repr=False)
 
-    def features(self, split: Split) -> Features:
+    def features(self, split: Split) -> "Features":
         """This rank's share of the encoder's features; taken once, then remembered."""
+        from headrace.training.features import extract
+
         if split not in self._features:
             with self.timed(f"{split}_features"):
                 self._features[split] = extract(
@@ -88,7 +90,7 @@ class Subject:
                 )
         return self._features[split]
 
-    def images(self, split: Split) -> Loader:
+    def images(self, split: Split) -> "Loader":
         """This rank's share of the images, once: a context manager over batches."""
         return self.passes[split].loader()
 
@@ -102,12 +104,18 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class ProtocolModule:
-    """What a protocol's file offers, found and checked. name: as --protocol has it."""
+class ProtocolDeclaration:
+    """What a protocol's file declares, found and checked. name: as --protocol has it."""
 
     name: str
     description: str
     options_class: type[Any]
+
+
+@dataclass(frozen=True)
+class ProtocolModule(ProtocolDeclaration):
+    """All that a protocol's file offers."""
+
     judge: Callable[[Subject, Any], Result]
 
 
@@ -118,17 +126,25 @@ def find_protocol(name: str) -> ProtocolModule:
     protocol.
     """
     module = find_module("--protocol", name, "protocols")
-    missing = [part for part in _REQUIRED if not hasattr(module, part)]
+    declaration = _offered(name, module, ("Options", "judge"))
+    return ProtocolModule(**vars(declaration), judge=module.judge)
+
+
+def find_protocol_declaration(name: str) -> ProtocolDeclaration:
+    """The same without importing what the protocol computes with; raises the same."""
+    module = declared_module("--protocol", name, "protocols", ("Options",))
+    return _offered(name, module, ("Options",))
+
+
+def _offered(name: str, module: ModuleType, required: tuple[str, ...]) -> ProtocolDeclaration:
+    missing = [part for part in required if not hasattr(module, part)]
     options_class: type[Any] = getattr(module, "Options", object)
     if not missing and not (is_dataclass(options_class) and hasattr(options_class, "check")):
         missing = ["dataclass Options with a method check"]
     if missing:
         raise ConfigError(f"--protocol {name}: {module.__file__} has no {' and no '.join(missing)}")
-    return ProtocolModule(
-        name=name,
-        description=(module.__doc__ or "").strip(),
-        options_class=options_class,
-        judge=module.judge,
+    return ProtocolDeclaration(
+        name=name, description=(module.__doc__ or "").strip(), options_class=options_class
     )
 
 
@@ -148,17 +164,27 @@ class Accuracy:
     top5: float
 
 
-def totals(values: list[int], world: World) -> list[int]:
+def totals(values: list[int], world: "World") -> list[int]:
     """Sums over all ranks."""
+    import torch
+
+    from headrace.training.collectives import sum_over_ranks_
+
     return sum_over_ranks_(torch.tensor(values, device=world.device)).tolist()
 
 
-def with_class_numbers(train: Features, test: Features) -> tuple[Features, Features, int]:
+def with_class_numbers(
+    train: "Features", test: "Features"
+) -> "tuple[Features, Features, int]":
     """Both with labels that are class numbers, and the number of classes; the same on every rank.
 
     Labels of which at most one in ten occurs are identifiers, and numbered in ascending order: what
     is sized by the number of classes would be sized by the largest identifier. Others stay.
     """
+    import torch
+
+    from headrace.training.collectives import gather_objects
+
     here = torch.cat([train.labels, test.labels]).unique().tolist()
     occurring = sorted({label for labels in gather_objects(here) for label in labels})
     classes = occurring[-1] + 1
@@ -170,7 +196,7 @@ def with_class_numbers(train: Features, test: Features) -> tuple[Features, Featu
     return train, test, len(occurring)
 
 
-def problem_of(share: Features, name: str, samples: int, world: World) -> str | None:
+def problem_of(share: "Features", name: str, samples: int, world: "World") -> str | None:
     """What keeps features from being judged, for a sentence; None where nothing does.
 
     share: this rank's. name: "training" or "test". samples: over all ranks. The same on every rank.

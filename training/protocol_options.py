@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from headrace.training.preset import ConfigError
-from headrace.training.protocol import ProtocolModule, ProtocolOptions
+from headrace.training.protocol import ProtocolDeclaration, ProtocolOptions
 
 Value = TypeVar("Value")
 
@@ -22,7 +22,7 @@ def option(default: Value, help: str, *, also: str | None = None) -> Value:  # n
     return field(default=default, metadata={"help": help, "also": also})
 
 
-def add_options(parser: argparse.ArgumentParser, protocol: ProtocolModule) -> None:
+def add_options(parser: argparse.ArgumentParser, protocol: ProtocolDeclaration) -> None:
     """A group of the parser, under the first paragraph of the protocol's docstring.
 
     Raises ConfigError for a field that no command line can give.
@@ -53,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser, protocol: ProtocolModule) -> No
             raise ConfigError(f"--protocol {protocol.name}: {error}") from error
 
 
-def options_of(protocol: ProtocolModule, given: argparse.Namespace) -> ProtocolOptions:
+def options_of(protocol: ProtocolDeclaration, given: argparse.Namespace) -> ProtocolOptions:
     """The protocol's `Options` as the command line gave them.
 
     Raises UserError for values that mean nothing to the protocol.
@@ -65,13 +65,13 @@ def options_of(protocol: ProtocolModule, given: argparse.Namespace) -> ProtocolO
     return protocol.options_class(**values)
 
 
-def _fields(protocol: ProtocolModule) -> "list[tuple[Field[Any], Any]]":
+def _fields(protocol: ProtocolDeclaration) -> "list[tuple[Field[Any], Any]]":
     """Every field with its type."""
     kinds = get_type_hints(protocol.options_class)
     return [(declared, kinds[declared.name]) for declared in fields(protocol.options_class)]
 
 
-def _destination(protocol: ProtocolModule, declared: "Field[Any]") -> str:
+def _destination(protocol: ProtocolDeclaration, declared: "Field[Any]") -> str:
     return f"{protocol.name.rpartition('.')[2]}.{declared.name}"
 
 

@@ -1,16 +1,22 @@
 """Pre-train an image encoder: from a data set and a method's preset to RUN/encoder.safetensors.
 
     python training/train.py --method dino
-    torchrun --standalone --nproc-per-node 8 training/train.py --method dino --data.train DIR
+    python training/train.py --method dino --data.train DIR --gpus 8
 
 `--help` shows the options. Read from top to bottom, this file is what happens in a run.
 """
+
+if __name__ == "__main__":
+    # Help and mistakes need none of what follows; then this file is imported, and `main` called.
+    from headrace.training import launch
+
+    launch.train()
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from headrace.pipelines.batch import Batch
 from headrace.pipelines.loader import Loader
@@ -22,13 +28,11 @@ from headrace.training.build import build_method, facts_of
 from headrace.training.catalogue import find_method
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config, steps_between, total_steps
-from headrace.training.ending import run_and_exit
+from headrace.training.data_sets import largest_side_pixels, open_train
 from headrace.training.gradients import has_batch_norm
 from headrace.training.guard import Guard, Signals, catch_signals
 from headrace.training.inputs import (
     feature_pass,
-    largest_side_pixels,
-    open_train,
     open_training_loader,
     sample_images,
     with_paths,
@@ -38,9 +42,10 @@ from headrace.training.meters import Meters
 from headrace.training.method import Method, Progress
 from headrace.training.parallel import model_for
 from headrace.training.run import checkpoint
-from headrace.training.run.directory import begin, locked
+from headrace.training.run.directory import begin
 from headrace.training.run.export import timm_config
 from headrace.training.run.journal import open_journal
+from headrace.training.run.lock import locked
 from headrace.training.run.what_now import what_now
 from headrace.training.step import early_parameters, optimiser_step
 from headrace.training.subset import read_subset
@@ -224,11 +229,3 @@ def forever(loader: Loader) -> Iterator[Batch]:
     """Epoch after epoch."""
     while True:
         yield from loader
-
-
-def command() -> NoReturn:
-    run_and_exit(main)
-
-
-if __name__ == "__main__":
-    command()

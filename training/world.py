@@ -37,11 +37,6 @@ class World:
         return self.rank == 0
 
 
-def rank_from_environment() -> int:
-    """The rank that torchrun gave, before anything is joined; 0 for a process by itself."""
-    return int(os.environ.get("RANK", "0"))
-
-
 @contextmanager
 def join(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[World]:
     """This process's World: NCCL between GPUs, gloo between CPUs, nothing for one process.

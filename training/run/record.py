@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.declaration import augmentation_from
 from headrace.pipelines.ops import RecipeError
@@ -161,6 +159,8 @@ def _saved_step(checkpoint: Path) -> int | None:
 
     Mapped, not read: a checkpoint may have gigabytes.
     """
+    import torch  # the rest of a record needs none
+
     try:
         return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["step"])
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError):

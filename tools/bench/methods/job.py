@@ -24,7 +24,7 @@ from headrace.training.build import untrained_encoder
 from headrace.training.catalogue import MethodModule, find_method
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config
-from headrace.training.inputs import largest_side_pixels, open_train
+from headrace.training.data_sets import largest_side_pixels, open_train
 from headrace.training.preset import ConfigError
 from headrace.training.run.directory import CONFIG_FILE, ENCODER_FILE
 from headrace.training.run.record import read_metrics, read_record

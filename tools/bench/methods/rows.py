@@ -1,6 +1,5 @@
 """The rows of `bench_methods.py`: JSON lines, one per (method, seed, samples), and their table."""
 
-import fcntl
 import json
 import math
 import os
@@ -9,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+
+from filelock import FileLock
 
 from headrace.shards.errors import UserError
 
@@ -55,8 +56,8 @@ def read_rows(path: Path) -> list[Row]:
 def append_row(path: Path, row: Row) -> None:
     """At the end of the file, as a whole, also where several processes append to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    # Not of the file itself, which on Windows its holder could not write through another handle.
+    with FileLock(path.with_name(f".{path.name}.lock")), path.open("ab+") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)  # half a line of one that was killed
         file.write((json.dumps(row) + "\n").encode())
