@@ -382,7 +382,7 @@ def test_a_full_disk_ends_in_words_and_nothing_is_lost(
     arguments = [source, "--out", tmp_path / "out", "--seed", 5, "--workers", workers]
     arguments += ["--format", name]
     result = run_tool(*arguments, preexec_fn=limit_file_bytes(at_most))
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "error: no room to write in" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -500,8 +500,8 @@ def test_neither_tool_loads_torch(source: Path, tmp_path: Path) -> None:
 
 def test_mistakes_on_the_command_line_end_in_words(tmp_path: Path) -> None:
     for arguments, code, words in [
-        (["nowhere"], 1, "nowhere does not exist; expected one of"),
-        ([".", "--quality", "101"], 1, "quality is 101; it must be from 1 to 100"),
+        (["nowhere"], 2, "nowhere does not exist; expected one of"),
+        ([".", "--quality", "101"], 2, "quality is 101; it must be from 1 to 100"),
         ([".", "--workers", "0"], 2, "'0' is not a whole number of at least 1"),
         ([".", "--format", "zip"], 2, "invalid choice: 'zip'"),
     ]:
@@ -509,7 +509,7 @@ def test_mistakes_on_the_command_line_end_in_words(tmp_path: Path) -> None:
         assert (result.returncode, "Traceback" in result.stderr) == (code, False)
         assert words in result.stderr
     result = run_tool(tmp_path, tool="verify_shards")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "holds no finished data set" in result.stderr
 
 

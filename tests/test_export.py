@@ -14,7 +14,8 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from timm.data import create_transform, resolve_model_data_config
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 from torch import nn
 
 from headrace.pipelines import recipes
@@ -86,7 +87,7 @@ def test_a_stranger_sees_the_same(
     options = resolve_options(backbone, {"drop_path_rate": 0.1}, (32,), pixels)
     encoder = EncoderFactory(backbone, options)().eval()
     export_all({"encoder": encoder.state_dict()}, tmp_path, timm_config(encoder, view, ()))
-    network = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True).eval()
+    network: Any = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True).eval()
     assert network.num_classes == 0
     assert network.pretrained_cfg["input_size"] == (3, pixels, pixels)
     their_pixels, their_features = strangers(photos, network)
@@ -115,7 +116,7 @@ def test_a_classifier_names_its_classes(tmp_path: Path) -> None:
     whole = timm.create_model("test_resnet", num_classes=2)
     exports = {"encoder": encoder.state_dict(), "classifier": whole.state_dict()}
     export_all(exports, tmp_path, timm_config(encoder, recipes.center(), CLASSES))
-    network = timm.create_model(f"local-dir:{tmp_path / 'classifier'}", pretrained=True)
+    network: Any = timm.create_model(f"local-dir:{tmp_path / 'classifier'}", pretrained=True)
     assert network.pretrained_cfg["label_names"] == list(CLASSES)
     for name, value in whole.state_dict().items():
         assert torch.equal(network.state_dict()[name], value), name

@@ -70,7 +70,7 @@ def test_what_is_there_is_not_fetched_again(tmp_path: Path) -> None:
 
 def test_words_instead_of_tracebacks(tmp_path: Path) -> None:
     result = run("photos", "--out", tmp_path / "out", "--cache", tmp_path / "cache")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr == "error: photos need apt-get: run this on Debian or Ubuntu\n"
     result = run("photos", "--out", tmp_path, "--cache", tmp_path / "cache")
     assert "is not empty; choose another --out" in result.stderr

@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
                 _report(result, time.monotonic() - started)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130

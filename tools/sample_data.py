@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_photos(options.out, options.cache, options.count, options.seed)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
     return 0

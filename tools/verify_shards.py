@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0 if sound else 1

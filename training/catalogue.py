@@ -60,7 +60,10 @@ def find_method(name: str) -> MethodModule:
 def find_declaration(name: str) -> Declaration:
     """The same without importing what the method computes with; raises the same."""
     module = declared_module("--method", name, "methods", (*_DECLARED, *_OPTIONAL))
-    return _offered(name, module, _DECLARED)
+    try:
+        return _offered(name, module, _DECLARED)
+    except ConfigError:
+        return find_method(name)  # the whole file knows best what is wrong with it
 
 
 def _offered(name: str, module: ModuleType, required: Iterable[str]) -> Declaration:

@@ -7,11 +7,12 @@ tyro reads them; what it and we refuse becomes one sentence.
 
 import argparse
 import ast
+import difflib
 import io
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
@@ -30,12 +31,8 @@ from headrace.training.catalogue import (
 from headrace.training.config import Config, Data, Run, parse_approximations
 from headrace.training.invocation import as_typed
 from headrace.training.judged_view import ViewChange, changed, following, require_normalisation
-from headrace.training.preset import (
-    ConfigError,
-    Optim,
-    Preset,
-    nearest,
-)
+from headrace.training.near_options import near_option
+from headrace.training.preset import ConfigError, Optim, Preset, nearest
 
 
 def parse_command_line(
@@ -62,11 +59,9 @@ def parse_command_line(
         if chosen.help:
             sys.stdout.write(_general_help() + "\n")
             raise SystemExit(0)
-        raise ConfigError(
-            f"--method is missing: choose among {', '.join(method_names())}; --help shows examples"
-        )
+        raise _no_method(arguments)
     method = find(chosen.method)
-
+    arguments = _with_flags(arguments, _options_of(method.presets.values()))
     _check_options(arguments, method.presets.values())
 
     def largest_side() -> int:
@@ -87,7 +82,7 @@ def _parse_options(
     _check_options(arguments, [preset])
     complaint = io.StringIO()
     asked_for_help = "-h" in arguments or "--help" in arguments
-    description = f"{method.description}\n\npreset {preset_name}: {preset.notes}".rstrip(": ")
+    description = _method_help(method, preset_name) if asked_for_help else ""
     try:
         with nullcontext() if asked_for_help else redirect_stderr(complaint), _approximation_rule():
             return tyro.cli(
@@ -135,16 +130,73 @@ def _config_error(error: BaseException) -> ConfigError | None:
     return cause
 
 
+def _no_method(arguments: Sequence[str]) -> ConfigError:
+    """What is wrong with a command line that names no method: the word that was meant for one, an
+    option that there is not, or that it is missing."""
+    names = method_names()
+    if arguments and not arguments[0].startswith("-") and nearest(arguments[0], names, cutoff=0.7):
+        meant = difflib.get_close_matches(arguments[0], names, n=1)[0]
+        return ConfigError(f"{arguments[0]} is no option: write --method {meant}")
+    groups = {"data": Data, "optim": Optim, "run": Run}
+    options = [
+        *_PLAIN_OPTIONS,
+        *(name for group, kind in groups.items() for name in _option_names(kind, f"--{group}.")),
+    ]
+    of_methods = ("--objective.", "--augmentation.", "--test.")
+    for given in _given_options(arguments):
+        if _spelled(given) not in options and not given.startswith(of_methods):
+            return ConfigError(f"there is no option {given}{near_option(given, options)}")
+    return ConfigError(
+        f"--method is missing: choose among {', '.join(names)}; --help shows examples"
+    )
+
+
+def _options_of(presets: Iterable[Preset]) -> set[str]:
+    return {option for preset in presets for option in _option_names(_command_line_class(preset))}
+
+
 def _check_options(arguments: Sequence[str], presets: Iterable[Preset]) -> None:
     """Raises ConfigError for an option that no preset has: before anything is opened."""
-    options = {
-        option for preset in presets for option in _option_names(_command_line_class(preset))
-    }
-    for argument in arguments:
-        given = argument.partition("=")[0]
-        name = given.replace("_", "-")
-        if name.startswith("--") and name not in {*options, "--help"}:
-            raise ConfigError(f"there is no option {given}{nearest(name, sorted(options))}")
+    options = {*_options_of(presets), *_PLAIN_OPTIONS}
+    for given in _given_options(arguments):
+        if _spelled(given) not in options:
+            raise ConfigError(
+                f"there is no option {given}{near_option(given, sorted(options - {'-h'}))}"
+            )
+
+
+def _given_options(arguments: Sequence[str]) -> list[str]:
+    """Without their values. A minus before a number is none."""
+    return [
+        argument.partition("=")[0]
+        for argument in arguments
+        if re.match(r"--|-[A-Za-z]", argument) and argument != "-inf"
+    ]
+
+
+def _spelled(given: str) -> str:
+    return given.replace("_", "-")
+
+
+def _with_flags(arguments: Sequence[str], options: Collection[str]) -> list[str]:
+    """`--run.compile true` and `--run.compile=false` as the flags --run.compile and
+    --run.no-compile."""
+    flags: list[str] = []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        name, equals, value = argument.partition("=")
+        prefix, dot, last = _spelled(name).rpartition(".")
+        negated = f"{prefix}{dot}no-{last}"
+        if negated in options:
+            word = value if equals else (remaining[0] if remaining else "")
+            truth = _TRUTH.get(word.lower())
+            if truth is not None:
+                argument = name if truth else negated
+                if not equals:
+                    remaining.pop(0)
+        flags.append(argument)
+    return flags
 
 
 def _command_line_class(preset: Preset) -> type:
@@ -292,15 +344,17 @@ def _option_names(declared: Any, prefix: str = "--") -> list[str]:
 
 
 def _first_sentence(message: str) -> str:
-    """What tyro says in a frame, without the frame and the help below it."""
+    """What tyro says in a frame, without the frame, its title and the help below it.
+
+    Where the terminal has no lines to draw frames with, they are blanks, and rules are minuses.
+    """
     sentence = []
-    for line in message.splitlines():
+    for line in message.splitlines()[1:]:
         text = line.strip("╭╮╰╯│─ ")
-        if line.startswith("╭"):
-            continue
-        if not text:
+        if text.strip("-"):
+            sentence.append(text)
+        elif sentence:
             break  # a rule or an empty line ends the first paragraph
-        sentence.append(text)
     text = " ".join(sentence).rstrip(".")
     if refusal := re.match(r"Error parsing (\S+): no type matching (\S+) .*from \['(.*)'\]", text):
         option, kinds, value = refusal.groups()
@@ -317,6 +371,23 @@ def _default(value: Any) -> Any:
 def _doc(text: str) -> dict[str, Any]:
     return {"__doc__": text}
 
+
+_PLAIN_OPTIONS = (
+    "--method",
+    "--preset",
+    "--backbone",
+    "--backbone-options",
+    "--init",
+    "--gpus",
+    "--help",
+    "-h",
+)
+_TRUTH = {"true": True, "yes": True, "1": True, "on": True} | {
+    "false": False,
+    "no": False,
+    "0": False,
+    "off": False,
+}
 
 _OPTION_HELP = """The options of a run.
 
@@ -339,7 +410,6 @@ def _general_help() -> str:
     return as_typed(f"""Pre-train an image encoder.
 
   training/train.py --method METHOD [options]
-  torchrun --standalone --nproc-per-node N training/train.py --method METHOD [options]
 
 examples
   training/train.py --method dino                           the only data set under ./data
@@ -347,6 +417,8 @@ examples
   training/train.py --method supervised --preset vit_b16_imagenet --data.holdout 0.1
   training/train.py --method mae --backbone vit_small_patch16_224 --run.steps 1000
   training/train.py --method dino --run.out runs/first      again: continues where it stopped
+  training/train.py --method dino --gpus 8                  a process for each GPU of this machine
+  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:PORT training/train.py ...
 
 methods
 {methods}
@@ -355,10 +427,38 @@ options (METHOD's own ones, all meanings and defaults: --method METHOD --help)
   --preset         a published set of numbers; the options below replace single ones
   --backbone       a timm model; --backbone-options name=value ...
   --init           a run whose encoder this one starts from
+  --gpus           processes on this machine, each with a GPU of its own
 {groups}
   --objective.*    of the method
   --augmentation.* of the preset's views
   --test.*         of the view that images are judged in: it follows the training views""")
+
+
+def _method_help(method: Declaration, preset_name: str) -> str:
+    """The page of a method, its presets with their numbers, and what to type."""
+    width = max(map(len, method.presets))
+    presets = "\n".join(
+        _hanging(
+            f"  {name:<{width}} {preset.backbone}, batch {preset.batch_size}, {preset.epochs:g} "
+            f"epochs. {preset.notes}",
+            width + 3,
+        )
+        for name, preset in method.presets.items()
+    )
+    other = next((name for name in method.presets if name != preset_name), preset_name)
+    train = as_typed("training/train.py")
+    return f"""{method.description}
+
+presets, all numbers published unless they say otherwise
+{presets}
+
+examples
+  {train} --method {method.name} --data.train DIR
+  {train} --method {method.name} --preset {other} --data.train DIR --run.epochs 20
+  {train} --method {method.name} --data.train DIR --data.batch-size 64 --run.steps 1000
+  {train} --method {method.name} --data.train DIR --gpus 8
+
+options, with the values of preset {preset_name}"""
 
 
 def _hanging(text: str, columns: int) -> str:

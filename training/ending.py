@@ -22,6 +22,9 @@ def run_and_exit(main: Callable[[Sequence[str]], int]) -> NoReturn:
         code = main(sys.argv[1:])
     except UserError as error:
         code, message = 2, str(error)
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         code, message = 1, str(error)  # a full disk, a vanished mount
     except RuntimeError as error:

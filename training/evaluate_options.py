@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from headrace.training.invocation import as_typed
 from headrace.training.judged_view import ViewChange
+from headrace.training.near_options import near_option
 from headrace.training.preset import ConfigError
 from headrace.training.protocol import ProtocolDeclaration, ProtocolOptions, protocol_names
 from headrace.training.protocol_options import add_options, options_of
@@ -43,7 +44,7 @@ def parse_evaluate(
   python training/evaluate.py runs/dino
   python training/evaluate.py runs/dino --untrained --k 20 --json untrained.json
   python training/evaluate.py runs/mae --protocol knn linear --linear.learning-rates 0.01 0.1 1
-  torchrun --standalone --nproc-per-node 8 training/evaluate.py runs/dino --data.val data/imagenet
+  python training/evaluate.py runs/dino --data.val data/imagenet --gpus 8
 """),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -92,9 +93,15 @@ def parse_evaluate(
     add("--threads", type=_positive, help="of the engine, per process")
     add("--precision", choices=["fp32", "bf16"], default="fp32")
     add("--run.device", dest="device", choices=["auto", "cpu", "cuda"], default="auto")
+    # For the help: launch.py has taken it out.
+    add("--gpus", metavar="N", help="processes on this machine, each with a GPU of its own")
     for module in modules.values():
         add_options(parser, module)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        given = unknown[0].partition("=")[0]
+        near = near_option(given, sorted(parser._option_string_actions))
+        raise ConfigError(f"there is no option {given}{near}")
     options.test = _view_change(options)
     settings = {name: options_of(module, options) for name, module in modules.items()}
     return [(modules[name], settings[name]) for name in asked], options

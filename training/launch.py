@@ -44,8 +44,9 @@ def _train(arguments: Sequence[str]) -> int:
     )
     open_train(config.data.train)
     if gpus > 1:
+        _check_devices(gpus, config.run.device)
         _check_shares(config, gpus)
-        return _launch(gpus, config.run.device, arguments)
+        return _launch(gpus, arguments)
     from headrace.training.train import main
 
     return main(arguments)
@@ -58,10 +59,22 @@ def _evaluate(arguments: Sequence[str]) -> int:
     if options.train is not None:
         open_train(options.train)
     if gpus > 1:
-        return _launch(gpus, options.device, arguments)
+        _check_devices(gpus, options.device)
+        return _launch(gpus, arguments)
     from headrace.training.evaluate import main
 
     return main(arguments)
+
+
+def _check_devices(ranks: int, device: str) -> None:
+    import torch
+
+    there = torch.cuda.device_count()
+    require(
+        device == "cpu" or ranks <= there,
+        f"{GPUS_OPTION} {ranks}: this machine has {there} CUDA devices; with --run.device cpu so "
+        f"many processes share its cores",
+    )
 
 
 def _check_shares(config: Config, ranks: int) -> None:
@@ -103,23 +116,15 @@ def split_gpus(arguments: Sequence[str]) -> tuple[int, list[str]]:
     return int(text), rest
 
 
-def _launch(processes: int, device: str, arguments: Sequence[str]) -> int:
+def _launch(processes: int, arguments: Sequence[str]) -> int:
     """Run this command in so many processes, by torch's launcher; the exit code of the first that
     failed, else 0. What went wrong it has said itself."""
     import logging
 
-    import torch
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if device != "cpu":
-        there = torch.cuda.device_count()
-        require(
-            processes <= there,
-            f"{GPUS_OPTION} {processes}: this machine has {there} CUDA devices; with --run.device "
-            f"cpu so many processes share its cores",
-        )
     # As torchrun has it, which would warn: the engines have threads of their own.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.disable(logging.ERROR)  # it would repeat each rank's sentence as a report of 40 lines
@@ -127,11 +132,11 @@ def _launch(processes: int, device: str, arguments: Sequence[str]) -> int:
     try:
         run.run(run.parse_args(script))
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
             return failure.exitcode
         raise ConfigError(
-            f"rank {failure.global_rank} was ended by {signal.Signals(-failure.exitcode).name}, "
+            f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}, "
             f"perhaps for lack of memory; the same command goes on at the last checkpoint"
         ) from error
     except SignalException as error:

@@ -133,7 +133,10 @@ def find_protocol(name: str) -> ProtocolModule:
 def find_protocol_declaration(name: str) -> ProtocolDeclaration:
     """The same without importing what the protocol computes with; raises the same."""
     module = declared_module("--protocol", name, "protocols", ("Options",))
-    return _offered(name, module, ("Options",))
+    try:
+        return _offered(name, module, ("Options",))
+    except ConfigError:
+        return find_protocol(name)  # the whole file knows best what is wrong with it
 
 
 def _offered(name: str, module: ModuleType, required: tuple[str, ...]) -> ProtocolDeclaration:

@@ -4,6 +4,7 @@ An engine's module is imported only when it is asked about.
 """
 
 from collections.abc import Collection
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Literal, assert_never, get_args
 
@@ -93,7 +94,9 @@ def choose(
             if reasons:
                 raise Unsupported("; ".join(reasons), engine)
             return engine
-    raise Unsupported(f"no engine has this name; there are auto, {', '.join(ENGINES)}", name)
+    near = get_close_matches(name, ENGINES, n=1)
+    hint = f": did you mean {near[0]}?" if near else f"; there are auto, {', '.join(ENGINES)}"
+    raise Unsupported(f"no engine has this name{hint}", name)
 
 
 def finishes(
