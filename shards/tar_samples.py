@@ -5,7 +5,6 @@ a reason and an example, for whoever opens or converts the tars.
 """
 
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -121,7 +120,8 @@ def iterate_members(path: Path, start: int = 0) -> Iterator[Member]:
         ) from error
     # tarfile takes a damaged header for the end; the true end is a block of zeros.
     with path.open("rb") as file:
-        if os.pread(file.fileno(), BLOCK_BYTES, end) != bytes(BLOCK_BYTES):
+        file.seek(end)
+        if file.read(BLOCK_BYTES) != bytes(BLOCK_BYTES):
             raise ShardError(f"{path} is damaged or cut off at byte {end}: fetch or write it again")
 
 
@@ -246,6 +246,11 @@ def _put(path: Path, samples: _Samples, key: str, extension: str, member: Member
     members[extension] = member
 
 
+def _read(file: BinaryIO, member: Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.length)
+
+
 def _label(
     path: Path, key: str, members: dict[str, Member], file: BinaryIO, remarks: _Remarks
 ) -> int:
@@ -253,7 +258,7 @@ def _label(
         member = members.get(extension)
         if member is None or member.length > _LABEL_BYTES_AT_MOST:
             continue
-        data = os.pread(file.fileno(), member.length, member.offset)
+        data = _read(file, member)
         label = _parse_json(data) if extension == "json" else _parse_label(extension, data)
         if label is None:
             continue
@@ -310,5 +315,5 @@ def _look_for_numbers(
     for extension, member in members.items():
         if extension in LABEL_EXTENSIONS or member.length > 20:
             continue
-        if _WHOLE_NUMBER.fullmatch(os.pread(file.fileno(), member.length, member.offset).strip()):
+        if _WHOLE_NUMBER.fullmatch(_read(file, member).strip()):
             remarks.add(OTHER_NUMBERS, f"{key}.{extension}")

@@ -176,9 +176,7 @@ def totals(values: list[int], world: "World") -> list[int]:
     return sum_over_ranks_(torch.tensor(values, device=world.device)).tolist()
 
 
-def with_class_numbers(
-    train: "Features", test: "Features"
-) -> "tuple[Features, Features, int]":
+def with_class_numbers(train: "Features", test: "Features") -> "tuple[Features, Features, int]":
     """Both with labels that are class numbers, and the number of classes; the same on every rank.
 
     Labels of which at most one in ten occurs are identifiers, and numbered in ascending order: what
