@@ -9,7 +9,7 @@ sizes and modification times of the files stay the same.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,16 +25,13 @@ from headrace.shards.index import ENCODED, INDEX_DTYPE, Index, ShardError, encod
 from headrace.shards.index import write_index as write_index_files
 from headrace.shards.mapping import map_file
 from headrace.shards.progress import progress_bar
+from headrace.shards.sources.samples import FolderSamples, SourceSplit
 from headrace.shards.tar_labels import number_labels, read_class_names
 from headrace.shards.tar_samples import TarScan, scan_tar
 
 CACHE_VERSION = 2
 CACHE_PREFIX = ".headrace-index-"
 SOURCE_FILE = "source.json"
-FOLDER_EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-)
-"""What counts as an image in a folder: the same list as torchvision's ImageFolder."""
 _PROGRESS_AFTER_SECONDS = 2.0
 _BAD_FILES_NAMED = 10
 _HEADER_BYTES = 1 << 16  # read of a loose file at first; the frame header is nearly always inside
@@ -143,68 +140,31 @@ def _scan_tars(
     return _Gathered(rows, names, numbers.classes, numbers.notes)
 
 
-def open_folder(root: Path) -> Foreign:
-    """Index of root/class/**/image files, or of a flat folder of images (label -1).
-
-    Classes are the sub-directories in sorted order, as torchvision's ImageFolder numbers them; a
-    sample's name is its path below root. Raises `ShardError` if root holds neither, or both.
-    """
-    classes = tuple(
-        sorted(
-            entry.name
-            for entry in os.scandir(root)
-            if entry.is_dir() and not entry.name.startswith(".")
-        )
-    )
-    loose = [name for name in sorted(os.listdir(root)) if _is_image(name)]
-    in_classes = [(name, label) for label, name in _walk_classes(root, classes)]
-    if loose and in_classes:
-        raise ShardError(
-            f"{root} holds images both loose ({loose[0]}) and in sub-directories "
-            f"({in_classes[0][0]}): either one directory per class, or all images in one directory"
-        )
-    if not loose and not in_classes:
-        raise ShardError(
-            f"{root} holds no images: expected one directory per class, or images directly "
-            f"({', '.join(sorted(FOLDER_EXTENSIONS))}), or a data set that make_shards wrote"
-        )
-    images = in_classes or [(name, -1) for name in loose]
-    files = [_file(root / name, name) for name, _ in images]
-
-    known_classes = classes if in_classes else ()
+def open_folder(split: SourceSplit) -> Foreign:
+    """Index of the files of a folder, as the look at it listed them."""
+    samples = split.samples
+    assert isinstance(samples, FolderSamples)
+    root = Path(samples.directory)
+    files = [_file(root / name, name) for name in samples.names]
+    labels = np.asarray(samples.labels, np.int64)
+    classes = tuple(entry.name or entry.id for entry in split.classes)
 
     def build() -> _Gathered:
-        rows = _read_headers(root, images, files)
-        return _Gathered(rows, [name for name, _ in images], known_classes)
+        rows = _read_headers(root, labels, files)
+        return _Gathered(rows, list(samples.names), classes, split.notes)
 
-    return _cached(root, [str(root)], files, known_classes, build, beside=False)
-
-
-def _walk_classes(root: Path, classes: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-    for label, name in enumerate(classes):
-        for directory, _, file_names in sorted(os.walk(root / name, followlinks=True)):
-            prefix = os.path.relpath(directory, root)
-            yield from (
-                (label, f"{prefix}/{file_name}")
-                for file_name in sorted(file_names)
-                if _is_image(file_name)
-            )
+    said = (*classes, sha256(labels.tobytes()).hexdigest(), *split.notes)
+    return _cached(root, [str(root)], files, said, build, beside=False)
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in FOLDER_EXTENSIONS and not name.startswith(".")
-
-
-def _read_headers(
-    root: Path, images: list[tuple[str, int]], files: list[_File]
-) -> NDArray[np.void]:
-    rows = np.zeros(len(images), INDEX_DTYPE)
+def _read_headers(root: Path, labels: NDArray[np.int64], files: list[_File]) -> NDArray[np.void]:
+    rows = np.zeros(len(files), INDEX_DTYPE)
     rows["encoding"] = ENCODED
     rows["length"] = [file.size_bytes for file in files]
-    rows["label"] = [label for _, label in images]
+    rows["label"] = labels
     bad = _BadFiles()
     with progress_bar(
-        "reading image sizes", len(images), after_seconds=_PROGRESS_AFTER_SECONDS
+        "reading image sizes", len(files), after_seconds=_PROGRESS_AFTER_SECONDS
     ) as progress:
         for row, file in zip(rows, files, strict=True):
             try:

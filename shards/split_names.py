@@ -11,6 +11,8 @@ SPLIT_NAMES = {
     "validation": "val",
     "test": "test",
     "testing": "test",
+    "unlabeled": "unlabeled",
+    "unlabelled": "unlabeled",
 }
 """Folder and file names that mean a split."""
 _WORDS = re.compile(r"[-_. ]+")

@@ -8,7 +8,8 @@ of it is read. Bytes are views into the page cache wherever the file holds them 
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +22,13 @@ from headrace.shards.index import INDEX_FILE, RAW, Index, ShardError, read_index
 from headrace.shards.local import local_path
 from headrace.shards.manifest import MANIFEST_FILE, PARTS_DIRECTORY, read_manifest
 from headrace.shards.mapping import MappedFiles
+from headrace.shards.sources.layout import AS_FOUND, Choices, Layout
+from headrace.shards.sources.recognise import NothingFound, recognise
+from headrace.shards.sources.samples import FolderSamples
+from headrace.shards.sources.vocabulary import SPLITS
 from headrace.shards.tar_sets import TarSet, recognise_tars, refuse_packed, tar_set
 
-SPLITS = ("train", "val", "test")
+_SHARD_ENDINGS = (".tar", ".beton")
 _PATTERN = re.compile(r"[*?\[{]")
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _EXPECTED = (
@@ -90,21 +95,27 @@ class IndexedStore:
         index: Index,
         files: _Bytes | None,
         *,
+        opened: "Opened | None" = None,
+        census: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
-        split: str | None = None,
     ) -> None:
         """files: None where every sample is a file of its own, named by the index below `uri`.
 
-        notes: sentences about what a user may not expect. split: of what lies at `uri`.
+        opened: what gives this store again, `uri` alone if None. census: what was found there and
+        what is not used. notes: sentences about what a user may not expect.
         """
         self.uri = uri
         self.fingerprint = fingerprint
         self.classes = classes
         self.shard_starts = shard_starts
-        self.notes = notes
         self._index = index
         self._files = files
-        self._split = split
+        self._opened = opened or Opened(uri)
+        known = f"{len(classes):,} classes" if classes else "no class names"
+        found = (f"{uri}:", *(f"  {line}" for line in census))
+        self.census = found if census else (f"{uri}: {len(index):,} images, {known}",)
+        """Lines to print before work starts."""
+        self.notes = notes
 
     def __len__(self) -> int:
         return len(self._index)
@@ -173,7 +184,7 @@ class IndexedStore:
         return ids.astype(np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.uri, self.fingerprint, self._split)
+        return _reopen, (self._opened, self.fingerprint)
 
 
 def _with_pnm_header(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
@@ -183,55 +194,107 @@ def _with_pnm_header(pixels: NDArray[np.uint8], height: int, width: int) -> NDAr
     return image
 
 
-def _reopen(uri: str, fingerprint: str, split: str | None) -> Store:
-    store = open_store(uri, split)
+@dataclass(frozen=True)
+class Opened:
+    """What `open_store` was asked for: a path or pattern, a split, and what was said of it."""
+
+    uri: str
+    split: str | None = None
+    choices: Choices = AS_FOUND
+
+
+def _reopen(opened: Opened, fingerprint: str) -> Store:
+    store = _open(opened.uri, opened.split, opened.choices)
     if store.fingerprint != fingerprint:
-        raise ShardError(f"{uri} changed between two openings by one program: start it again")
+        raise ShardError(
+            f"{opened.uri} changed between two openings by one program: start it again"
+        )
     return store
 
 
-def open_store(uri: str | Path, split: str | None = None) -> Store:
+def open_store(
+    uri: str | Path,
+    split: str | Sequence[str] | None = None,
+    *,
+    layout: Layout = "auto",
+    images: str | None = None,
+    labels: str | Path | None = None,
+    classes: str | Path | None = None,
+) -> IndexedStore:
     """Open a data set.
 
     uri: a directory that make_shards wrote, or its root with splits; a .beton file; WebDataset tars
     (path, glob, brace pattern such as `x-{000000..000012}.tar`, or a folder of them, with splits in
-    the names); a folder of images, one directory
-    per class or flat, or a root of such folders called train, val, test.
-    split: which one of a root that has splits; without effect where there are none.
+    the names); a folder of images, recognised as make_shards recognises it: one directory per class
+    or flat, or splits of such folders.
+    split: which one of a root that has splits, or several, of which the first that is there counts;
+    without effect where there are none, and not needed where there is one.
+    layout, images, labels, classes: what decides where a folder can be read in several ways: see
+    `headrace.shards.sources.layout.Choices`; refused for anything but folders.
     Raises `ShardError`: nothing there, not recognised, a split missing or not chosen, a shard
     missing or of another size than the manifest says.
     """
-    text = os.path.expanduser(os.fspath(uri))
+    choices = Choices(
+        layout, images, None if labels is None else Path(labels).absolute(),
+        None if classes is None else Path(classes).absolute(),
+    )  # fmt: skip
+    return _open(os.fspath(uri), split, choices)
+
+
+def _open(text: str, split: str | Sequence[str] | None, choices: Choices) -> IndexedStore:
     path = local_path(text)
+    if not path.exists() and not _PATTERN.search(text):
+        raise ShardError(f"{path} does not exist; {_EXPECTED}")
+    written = _is_written(path)
+    if choices != AS_FOUND and (written or not path.is_dir()):
+        raise ShardError(
+            f"{path} is no folder of images: layout, images, labels and classes say how one is read"
+        )
+    tars = _tars_of_others(path) if path.is_dir() else None
+    if tars is not None:
+        return _open_tar_set(str(path), tars, split)
+    if path.is_dir() and not written:
+        return _open_folder(path, split, choices)
     if path.is_dir():
-        return _open_directory(path, split)
-    if path.is_file():
-        if path.suffix == ".beton":
-            return _open_beton(path)
-        return _open_tars(str(path), (path,), None)
-    if _PATTERN.search(text):
-        return _open_tars(str(path), tuple(_expand(str(path))), split)
-    raise ShardError(f"{path} does not exist; {_EXPECTED}")
+        return _open_written(path if (path / MANIFEST_FILE).is_file() else _split_of(path, split))
+    if path.suffix == ".beton":
+        return _open_beton(path)
+    paths = (path,) if path.is_file() else tuple(_expand(str(path)))
+    return _open_tars(str(path), paths, None if path.is_file() else split)
 
 
-def dataset_splits(root: str | Path) -> tuple[str, ...]:
-    """Which of train, val, test `root` has; () if it is no root with splits."""
-    path = Path(root).expanduser()
-    if not path.is_dir() or (path / MANIFEST_FILE).is_file():
+def split_names(path: Path) -> tuple[str, ...]:
+    """The splits that a data set has; () if it has none. Raises `ShardError` as `open_store`."""
+    path = path.expanduser()
+    if (path / MANIFEST_FILE).is_file() or not path.is_dir():
         return ()
-    written = tuple(split for split in SPLITS if (path / split / MANIFEST_FILE).is_file())
-    if written:
-        return written
     tars = _tars_of_others(path)
     if tars is not None:
-        return tuple(split for split in SPLITS if split in tars.splits)
-    directories = {
-        entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != "."
-    }
-    # Class folders named train and val among others are classes, not splits.
-    return (
-        tuple(split for split in SPLITS if split in directories) if directories <= {*SPLITS} else ()
-    )
+        return tuple(name for name in tars.splits if name)
+    return _written_splits(path) or recognise(path, ()).split_names
+
+
+def _written_splits(path: Path) -> tuple[str, ...]:
+    return tuple(name for name in SPLITS if (path / name / MANIFEST_FILE).is_file())
+
+
+def _split_of(path: Path, wanted: str | Sequence[str] | None) -> Path:
+    """The directory of a split below a root that make_shards wrote."""
+    return path / choose_split(path, _written_splits(path), wanted)
+
+
+def choose_split(path: Path | str, names: Sequence[str], wanted: str | Sequence[str] | None) -> str:
+    """The first of the splits wanted that is there, or the only one if none is named."""
+    listed = ", ".join(names)
+    if wanted is None:
+        if len(names) > 1:
+            raise ShardError(f"{path} has the splits {listed}: choose one")
+        return names[0]
+    asked = (wanted,) if isinstance(wanted, str) else wanted
+    chosen = next((name for name in asked if name in names), None)
+    if chosen is None:
+        raise ShardError(f"{path} has no split {' or '.join(map(repr, asked))}, it has {listed}")
+    return chosen
 
 
 def find_dataset(root: Path = Path("data")) -> Path:
@@ -256,36 +319,40 @@ def find_dataset(root: Path = Path("data")) -> Path:
 
 
 def _is_written(path: Path) -> bool:
-    return (path / MANIFEST_FILE).is_file() or any(
-        (path / split / MANIFEST_FILE).is_file() for split in SPLITS
-    )
+    return (path / MANIFEST_FILE).is_file() or bool(_written_splits(path))
 
 
-def _open_directory(path: Path, split: str | None) -> Store:
-    if (path / MANIFEST_FILE).is_file():
-        return _open_written(path)
-    splits = dataset_splits(path)
-    tars = _tars_of_others(path)
-    if tars is not None:
-        return _open_tar_set(str(path), tars, split)
-    if splits:
-        listed = ", ".join(splits)
-        if split is None:
-            raise ShardError(f"{path} has the splits {listed}: choose one")
-        if split not in splits:
-            raise ShardError(f"{path} has no split {split!r}, it has {listed}")
-        return _open_directory(path / split, None)
-    shards = sorted(entry.name for entry in path.iterdir() if entry.suffix in (".tar", ".beton"))
-    if shards:
+def _open_folder(path: Path, wanted: str | Sequence[str] | None, choices: Choices) -> IndexedStore:
+    asked = (wanted,) if isinstance(wanted, str) else wanted
+    try:
+        recognised = recognise(path, asked, choices)
+    except NothingFound as error:
+        shards = sorted(entry.name for entry in path.iterdir() if entry.suffix in _SHARD_ENDINGS)
+        if not shards:
+            raise
         raise ShardError(
             f"{path} holds {shards[0]} and no {MANIFEST_FILE}: if make_shards was writing it, run "
             f"it again to finish; if others made it, name the files (such as {path}/*.tar)"
+        ) from error
+    names = recognised.split_names
+    name = choose_split(path, names, wanted) if names else ""
+    split = next(split for split in recognised.splits if split.name == name)
+    samples = split.samples
+    if not isinstance(samples, FolderSamples):
+        raise ShardError(
+            f"{path} holds {split.kind}, which is not read as it is: convert it with make_shards"
         )
-    refuse_packed(path)
-    foreign = open_folder(path)
-    shard_starts = np.array([0, len(foreign.index)], np.int64)
+    foreign = open_folder(split)
     return IndexedStore(
-        str(path), foreign.fingerprint, foreign.classes, shard_starts, foreign.index, None
+        samples.directory,
+        foreign.fingerprint,
+        foreign.classes,
+        np.array([0, len(foreign.index)], np.int64),
+        foreign.index,
+        None,
+        opened=Opened(str(path), name or None, choices),
+        census=tuple(recognised.census()),
+        notes=split.notes,
     )
 
 
@@ -343,7 +410,9 @@ def _open_beton(path: Path) -> Store:
     )
 
 
-def _open_tars(uri: str, paths: tuple[Path, ...], split: str | None) -> Store:
+def _open_tars(
+    uri: str, paths: tuple[Path, ...], split: str | Sequence[str] | None
+) -> IndexedStore:
     """Tars named one by one; where their names hold several splits, those of one."""
     for path in paths:
         if path.suffix != ".tar":
@@ -355,18 +424,13 @@ def _open_tars(uri: str, paths: tuple[Path, ...], split: str | None) -> Store:
     return _open_tar_set(uri, tars, split)
 
 
-def _open_tar_set(uri: str, tars: TarSet, split: str | None) -> Store:
-    if "" in tars.splits:
-        split = None
-    elif split is None or split not in tars.splits:
-        listed = ", ".join(tars.splits)
-        wanted = "choose one" if split is None else f"and no {split!r}"
-        raise ShardError(f"{uri} has tars of the splits {listed}: {wanted}")
-    paths = tars.splits[split or ""]
+def _open_tar_set(uri: str, tars: TarSet, split: str | Sequence[str] | None) -> IndexedStore:
+    chosen = None if "" in tars.splits else choose_split(uri, tuple(tars.splits), split)
+    paths = tars.splits[chosen or ""]
     foreign = open_tars(paths)
-    if split is not None and split != "train" and "train" in tars.splits:
+    if chosen not in (None, "train") and "train" in tars.splits:
         train = open_tars(tars.splits["train"])
-        foreign = numbered_by(foreign, train, f"the {split} tars of {uri}")
+        foreign = numbered_by(foreign, train, f"the {chosen} tars of {uri}")
     per_shard = np.bincount(foreign.index.rows["shard"], minlength=len(paths))
     return IndexedStore(
         uri,
@@ -376,7 +440,7 @@ def _open_tar_set(uri: str, tars: TarSet, split: str | None) -> Store:
         foreign.index,
         MappedFiles(paths, tuple(path.stat().st_size for path in paths)),
         notes=foreign.notes,
-        split=split,
+        opened=Opened(uri, chosen),
     )
 
 

@@ -12,7 +12,7 @@ from headrace.shards.tar_samples import IMAGE_EXTENSIONS
 
 IMAGENET_PREFIX = "ILSVRC2012_img_"
 """ImageNet's own tars begin with it; `imagenet` lists them."""
-_SPLITS = ("", "train", "val", "test")
+_SPLITS = ("", "train", "val", "test", "unlabeled")
 _PACKED = {
     ".tar.gz": "tar -xzf",
     ".tgz": "tar -xzf",

@@ -20,7 +20,7 @@ from headrace.shards.beton import beton_item
 from headrace.shards.dataset import write_dataset
 from headrace.shards.index import Record
 from headrace.shards.manifest import ClassName, Format
-from headrace.shards.store import dataset_splits, find_dataset
+from headrace.shards.store import find_dataset, split_names
 
 FORMATS: tuple[Format, ...] = ("webdataset", "beton")
 COUNT = 11
@@ -253,8 +253,8 @@ def test_splits(tmp_path: Path) -> None:
     root = tmp_path / "root"
     for split in ("val", "train"):
         written(root / split, "beton")
-    assert dataset_splits(root) == ("train", "val")
-    assert dataset_splits(root / "train") == ()
+    assert split_names(root) == ("train", "val")
+    assert split_names(root / "train") == ()
     with pytest.raises(ShardError, match="has the splits train, val: choose one"):
         open_store(root)
     with pytest.raises(ShardError, match="no split 'test', it has train, val"):
@@ -440,8 +440,14 @@ def test_folder_with_splits(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="has the splits train, val: choose one"):
         open_store(root)
     assert open_store(root, "train").classes == ("dog",)
-    write_folder(root, {"car/a.jpg": image_bytes(0)})  # now train is a vehicle
-    assert open_store(root).classes == ("car", "train", "val")
+    write_folder(root, {"car/a.jpg": image_bytes(0)})  # beside two splits it is no class
+    with pytest.raises(ShardError, match="has the splits train, val: choose one"):
+        open_store(root)
+    store = open_store(root, "train")
+    assert store.classes == ("dog",)
+    assert any("1 in " in line and line.count("car") for line in store.census)
+    assert_same(store, pickle.loads(pickle.dumps(store)))
+    assert open_store(root, layout="folders").classes == ("car", "train", "val")
 
 
 @pytest.mark.parametrize(
@@ -454,14 +460,14 @@ def test_folder_with_splits(tmp_path: Path) -> None:
         ({}, "*.tar", "does not exist"),
         ({}, "s3://bucket/x.tar", "only files on this machine"),
         ({"notes.txt": b"x"}, "notes.txt", "neither .tar nor .beton"),
-        ({"notes.txt": b"x"}, "", "holds no images: expected one directory per class"),
+        ({"notes.txt": b"x"}, "", "no images found .it holds notes.txt.; expected one of"),
         ({"x.tar": b"x"}, "", "not a whole, uncompressed tar"),
         ({"x.beton": b"x"}, "", "holds x.beton and no manifest"),
         ({"x.tar.gz": b"x"}, "", r"x.tar.gz is packed.* unpack it \(tar -xzf x.tar.gz\)"),
         ({"x.zip": b"x"}, "x.zip", r"x.zip is packed.* unpack it \(unzip x.zip\)"),
         ({"x.tar": b"not a tar" * 100}, "x.tar", "not a whole, uncompressed tar"),
         ({"x.beton": b"x"}, "x.beton", "not a whole .beton file"),
-        ({"a.jpg": b"x", "dog/b.jpg": b"y"}, "", "both loose .* and in sub-directories"),
+        ({"a.jpg": b"x", "b.jpg": b"", "dog/b.jpg": b"y"}, "", "both loose .* in folders"),
     ],
 )
 def test_what_is_not_recognised(tmp_path: Path, files, uri: str, words: str) -> None:

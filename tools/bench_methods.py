@@ -27,7 +27,7 @@ import numpy as np
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import usable_cores
 from headrace.shards.errors import UserError
-from headrace.shards.store import dataset_splits
+from headrace.shards.store import split_names
 from headrace.tools.arguments import positive, several, whole
 from headrace.tools.bench.methods.job import (
     TEACHER,
@@ -186,7 +186,7 @@ def _measure_all(options: argparse.Namespace, added: tuple[str, ...]) -> int:
 
 def _bench(options: argparse.Namespace, added: tuple[str, ...]) -> Bench:
     data = options.data.expanduser().absolute()
-    if not {"train", "test"} <= set(dataset_splits(data)):
+    if not {"train", "test"} <= set(split_names(data)):
         raise ConfigError(
             f"--data {options.data} has no train and test split. CIFAR-10 comes with `bash "
             f"tools/quickstart.sh`, or with `python tools/sample_data.py cifar10 --out "

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import usable_cores
 from headrace.shards.errors import UserError
-from headrace.shards.store import dataset_splits, open_store
+from headrace.shards.store import open_store
 from headrace.tools.arguments import decimal, png, positive, several, some_of
 from headrace.tools.bench.pipeline.data import describe, make_forms, whole_batches
 from headrace.tools.bench.pipeline.measure import Rounds, measure
@@ -178,7 +178,7 @@ def _bench(options: argparse.Namespace) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
     if options.scratch is not None and not options.scratch.is_dir():
         raise BenchError(f"--scratch {options.scratch} is no directory")
-    store = open_store(options.data, "train" if dataset_splits(options.data) else None)
+    store = open_store(options.data, "train")
     samples = whole_batches(store, options.samples, options.batch_size)
     rounds = Rounds(options.rounds, options.seconds, options.epochs_memory or 0)
     context = context_of(describe(store, samples), rounds.count, rounds.seconds)

@@ -4,6 +4,7 @@ import argparse
 import shutil
 import sys
 import time
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -12,7 +13,14 @@ from headrace.shards.cores import usable_cores
 from headrace.shards.encode import EncodeOptions
 from headrace.shards.errors import UserError
 from headrace.shards.manifest import Format
-from headrace.shards.sources import SourceSplit, estimate_bytes, list_source
+from headrace.shards.sources import (
+    SourceSplit,
+    estimate_bytes,
+    recognise,
+    require_split,
+)
+from headrace.shards.sources.layout import Choices, Layout
+from headrace.shards.sources.vocabulary import SPLITS
 from headrace.shards.workers import open_executor
 from headrace.tools.arguments import positive
 from headrace.training.invocation import as_typed
@@ -20,13 +28,15 @@ from headrace.training.invocation import as_typed
 DESCRIPTION = """\
 Pack images into shards for training, checked, shuffled and indexed.
 
-SRC is recognised by looking:
+SRC is recognised by looking; every image that is not used is counted in a line of the census:
   class folders            SRC/train/<class>/x.jpg, SRC/<class>/x.jpg, splits at any depth
-  a folder of images       label -1
+  a folder of images       label -1, or the labels of a list beside it (metadata.csv, labels.csv,
+                           trainLabels.csv, val_annotations.txt, meta/val.txt, dataset.json)
   ImageNet's tars          ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, ILSVRC2012_devkit_t12
   ImageNet from Kaggle     ILSVRC/Data/CLS-LOC/..., LOC_val_solution.csv
   Parquet                  as Hugging Face writes it: a column of image bytes, a column of labels
-  arrays                   train.npz, val.npz, test.npz with images, labels, classes
+  arrays                   train.npz, val.npz, test.npz with images, labels, classes; CIFAR's
+                           pickles and downsampled ImageNet as they are downloaded
 """
 EXAMPLES = """\
 JPEG bytes stay as they are unless --max-side or --quality asks for something else or the file is
@@ -43,6 +53,9 @@ examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Convert what the command line names; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names may be no UTF-8
     options = _parse(arguments)
     source: Path = options.src
     out: Path = options.out or Path("data") / (source.resolve().stem or "images")
@@ -53,11 +66,16 @@ def main(arguments: list[str] | None = None) -> int:
             EncodeOptions(options.max_side, options.quality),
             options.shard_megabytes,
         )
+        _refuse_inside(source, out)
         print(f"looking at {source}", flush=True)
-        splits = list_source(source, options.split)
+        choices = Choices(options.layout, options.images, options.labels, options.classes)
+        wanted = None if options.split is None else (options.split,)
+        recognised = recognise(source, wanted, choices)
+        require_split(recognised, options.split)
+        print(*(f"  {line}" for line in recognised.census()), sep="\n", flush=True)
         workers = options.workers or usable_cores()
         with open_executor(workers) as executor:
-            for split in splits:
+            for split in recognised.splits:
                 directory = out / split.name
                 _announce(split, directory)
                 started = time.monotonic()
@@ -95,7 +113,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--quality", metavar="Q", type=int, help="write every image as JPEG of this quality")
     add("--workers", metavar="N", type=positive, help="processes; default: one per core")
     add("--seed", metavar="S", type=int, default=0, help="of the shuffle; default: %(default)s")
-    add("--split", metavar="NAME", choices=("train", "val", "test"), help="convert only this one")
+    add("--split", metavar="NAME", choices=SPLITS, help="convert only this one")
+    add(
+        "--layout",
+        choices=get_args(Layout),
+        default="auto",
+        help="where folders can be read in several ways: those called like splits are splits, "
+        "every folder is a class, or all images are without classes",
+    )
+    add("--images", metavar="DIR", help="the folder of photographs, below SRC or below each split")
+    add("--labels", metavar="FILE", type=Path, help="names and labels: csv, tsv, txt, json, jsonl")
+    add("--classes", metavar="FILE", type=Path, help="class names in the order of their labels")
     add("--strict", action="store_true", help="refuse to finish if an image had to be left out")
     add(
         "--shard-megabytes",
@@ -105,6 +133,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help="about how large a tar becomes; default: %(default)s",
     )
     return parser.parse_args(arguments)
+
+
+def _refuse_inside(source: Path, out: Path) -> None:
+    """Shards inside their source would be looked at as a part of it from then on."""
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError(
+            f"--out {out} lies inside {source}, which would then hold its own shards: name a "
+            "directory outside"
+        )
 
 
 def _announce(split: SourceSplit, directory: Path) -> None:

@@ -25,12 +25,12 @@ from headrace.pipelines.engines import choose
 from headrace.shards.atomic import atomic_file
 from headrace.shards.errors import UserError
 from headrace.shards.pixels import decode_rgb
-from headrace.shards.store import Store, dataset_splits
+from headrace.shards.store import Store
 from headrace.tools.arguments import positive
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
 from headrace.tools.view_pictures import class_name
 from headrace.training.build import trained_encoder, untrained_encoder
-from headrace.training.data_sets import open_train
+from headrace.training.data_sets import open_train, root_with_val
 from headrace.training.features import FeaturePass, Features
 from headrace.training.inputs import open_val
 from headrace.training.preset import ConfigError
@@ -145,10 +145,7 @@ def _what_to_compare(record: Record, options: argparse.Namespace) -> Compared:
 
 def _beside(train: Path | None) -> Path | None:
     """The root with a val or test split that a training set belongs to, where there is one."""
-    for root in () if train is None else (train, train.absolute().parent):
-        if {"val", "test"}.intersection(dataset_splits(root)):
-            return root
-    return None
+    return None if train is None else root_with_val(train)
 
 
 def chosen(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:

@@ -34,6 +34,7 @@ from headrace.shards.store import Store
 from headrace.training.backbones import resolve_options
 from headrace.training.build import trained_encoder, untrained_encoder
 from headrace.training.config import parse_approximations
+from headrace.training.data_sets import census_of
 from headrace.training.evaluate_options import parse_evaluate
 from headrace.training.features import FeaturePass
 from headrace.training.inputs import open_labelled
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str]) -> int:
                 encoder.to(world.device), {"train": train_pass, "val": val_pass}, world
             )
             if world.is_main:
+                print(*census_of(train, val), sep="\n", flush=True)
                 what, engine = title(record, options), train_pass.engine
                 print(
                     f"{what}; judged at {judged_pixels(test)} pixels; {engine} engine, "

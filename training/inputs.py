@@ -13,10 +13,11 @@ from headrace.pipelines.loader import Loader, open_loader
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.cores import threads_per_rank, usable_cores
 from headrace.shards.local import local_path
-from headrace.shards.store import SPLITS, Store, dataset_splits, find_dataset, open_store
+from headrace.shards.sources.vocabulary import SPLITS
+from headrace.shards.store import IndexedStore, Store, find_dataset, open_store
 from headrace.training.class_numbers import numbered_alike, unlabelled
 from headrace.training.config import Config
-from headrace.training.data_sets import open_train
+from headrace.training.data_sets import open_train, root_with_val
 from headrace.training.features import FeaturePass
 from headrace.training.preset import ConfigError
 from headrace.training.world import World
@@ -125,10 +126,9 @@ def _threads(config: Config, world: World) -> int:
     return config.data.threads or threads_per_rank(usable_cores(), world.local_size)
 
 
-def open_val(path: Path) -> Store:
+def open_val(path: Path) -> IndexedStore:
     """The split to evaluate on: `val`, else `test`, of a root that has splits."""
-    splits = dataset_splits(path)
-    return open_store(path, next((split for split in ("val", "test") if split in splits), None))
+    return open_store(path, ("val", "test"))
 
 
 def open_labelled(train_path: Path | None, val_path: Path | None) -> tuple[Store, Store]:
@@ -151,9 +151,9 @@ def open_labelled(train_path: Path | None, val_path: Path | None) -> tuple[Store
 def _beside(train: Path | None) -> Path:
     """The root with a val or test split that a training set belongs to."""
     train = find_dataset() if train is None else train
-    for root in (train, train.absolute().parent):
-        if {"val", "test"}.intersection(dataset_splits(root)):
-            return root
+    root = root_with_val(train)
+    if root is not None:
+        return root
     raise ConfigError(f"--data.val is missing: {train} has no val or test split")
 
 

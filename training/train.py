@@ -28,7 +28,7 @@ from headrace.training.build import build_method, facts_of
 from headrace.training.catalogue import find_method
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config, steps_between, total_steps
-from headrace.training.data_sets import largest_side_pixels, open_train
+from headrace.training.data_sets import census_of, largest_side_pixels, open_train
 from headrace.training.gradients import has_batch_norm
 from headrace.training.guard import Guard, Signals, catch_signals
 from headrace.training.inputs import (
@@ -61,7 +61,10 @@ def main(arguments: Sequence[str]) -> int:
         catch_signals() as signals,
         locked(out),
     ):
-        return train(config, open_train(config.data.train), out, world, signals)
+        store = open_train(config.data.train)
+        if world.is_main:
+            print(*census_of(store), sep="\n", flush=True)
+        return train(config, store, out, world, signals)
 
 
 def train(config: Config, store: Store, out: Path, world: World, signals: Signals) -> int:

@@ -9,14 +9,19 @@ torchvision's ImageFolder gives them for the training tree.
 
 import csv
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from headrace.shards.index import ShardError
 from headrace.shards.manifest import ClassName
 from headrace.shards.sources.matlab import read_matlab
-from headrace.shards.sources.samples import RangeReference, Sample, SourceSplit
+from headrace.shards.sources.samples import (
+    RangeReference,
+    Sample,
+    SourceSplit,
+    relabelled,
+)
 
 SOLUTION_FILE = "LOC_val_solution.csv"
 SYNSET_FILE = "LOC_synset_mapping.txt"
@@ -50,7 +55,7 @@ class ImageNetFacts:
             return None
         ids = sorted(set(self.wordnet_ids.values())) if train_classes is None else train_classes
         label_of = {wordnet_id: label for label, wordnet_id in enumerate(ids)}
-        samples: list[Sample] = []
+        labels: list[int] = []
         for sample, wordnet_id in zip(split.samples, wordnet_ids, strict=True):
             if wordnet_id is None:
                 raise ShardError(f"{self.origin} has no label for {sample.name}")
@@ -59,12 +64,12 @@ class ImageNetFacts:
                     f"{self.origin}: {sample.name} is of class {wordnet_id}, which train lacks: "
                     "labels would have no meaning; complete train"
                 )
-            samples.append(replace(sample, label=label_of[wordnet_id]))
+            labels.append(label_of[wordnet_id])
         return replace(
             split,
             kind=f"{split.kind}, labels from {Path(self.origin).name}",
             classes=self.classes(ids),
-            samples=samples,
+            samples=relabelled(split.samples, labels),
         )
 
     def classes(self, wordnet_ids: Sequence[str]) -> tuple[ClassName, ...]:
@@ -87,8 +92,8 @@ def find_facts(source: Path) -> ImageNetFacts:
     return ImageNetFacts()
 
 
-def list_tars(paths: Sequence[Path], facts: ImageNetFacts, only: str | None) -> list[SourceSplit]:
-    """List ImageNet's official tars (ILSVRC2012_img_train.tar and so on); others are refused."""
+def find_tars(paths: Sequence[Path]) -> dict[str, Path]:
+    """ImageNet's own tars (ILSVRC2012_img_train.tar and so on) by split; others are refused."""
     by_split: dict[str, Path] = {}
     for path in paths:
         split = path.stem.removeprefix(_TAR_PREFIX).split("_")[0]
@@ -100,6 +105,13 @@ def list_tars(paths: Sequence[Path], facts: ImageNetFacts, only: str | None) -> 
         if path.stem == f"{_TAR_PREFIX}train_t3":
             continue  # the dogs of a separate task, all of them also in the training tar
         by_split[split] = path
+    return by_split
+
+
+def list_tars(
+    by_split: Mapping[str, Path], facts: ImageNetFacts, only: str | None
+) -> list[SourceSplit]:
+    """List the official tars of `find_tars`."""
     train_classes = _class_members(by_split["train"]) if "train" in by_split else None
     ids = None if train_classes is None else sorted(train_classes)
     splits: list[SourceSplit] = []

@@ -8,17 +8,18 @@ group or an array file once.
 
 import math
 import os
-import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, assert_never
+from typing import Any, BinaryIO, assert_never, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from headrace.shards.index import ShardError
 from headrace.shards.manifest import ClassName
+from headrace.shards.sources.array_files import open_images
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +69,45 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class FolderSamples(Sequence[Sample]):
+    """Files below a directory: two lists instead of a `Sample` for each of a million.
+
+    names: paths below `directory`, in order. labels: class numbers, -1 = none.
+    """
+
+    directory: str
+    names: Sequence[str]
+    labels: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    @override
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        name = self.names[index]
+        return Sample(name, self.labels[index], FileReference(os.path.join(self.directory, name)))
+
+
+def relabelled(samples: Sequence[Sample], labels: Sequence[int]) -> Sequence[Sample]:
+    """The same samples with other labels."""
+    if isinstance(samples, FolderSamples):
+        return replace(samples, labels=labels)
+    return [replace(sample, label=label) for sample, label in zip(samples, labels, strict=True)]
+
+
+@dataclass(frozen=True)
 class SourceSplit:
     """One split of a source.
 
-    name: "train", "val", "test", or "" if the source has no splits. kind: what was recognised, in
-    words. classes: position = label. notes: sentences about what a user may not expect.
+    name: "train", "val", "test", "unlabeled", or "" if the source has no splits. kind: what was
+    recognised, in words. classes: position = label. notes: sentences about what a user may not
+    expect.
     """
 
     name: str
@@ -133,7 +168,7 @@ class SampleReader:
                 case ArrayReference(path, row):
                     if self._images is None or self._images[0] != path:
                         self._images = (path, open_images(path))
-                    return np.asarray(self._images[1][row])
+                    return np.ascontiguousarray(self._images[1][row])
                 case _:
                     assert_never(reference)
         except OSError as error:
@@ -175,26 +210,3 @@ class SampleReader:
             self._row_group = (key, table.column(reference.column).combine_chunks().field("bytes"))
         # A null, as a failed download leaves it, is a file of no bytes: left out, by name.
         return self._row_group[1][reference.row].as_py() or b""
-
-
-def open_images(path: str) -> NDArray[np.uint8]:
-    """`images` of an .npz file; mapped into memory where it is stored uncompressed."""
-    with zipfile.ZipFile(path) as archive:
-        entry = archive.getinfo("images.npy")
-        if entry.compress_type != zipfile.ZIP_STORED:
-            with np.load(path, allow_pickle=False) as arrays:
-                return arrays["images"]
-    with open(path, "rb") as file:
-        # The local header repeats the name and has an extra field of its own length.
-        file.seek(entry.header_offset + 26)
-        lengths = np.frombuffer(file.read(4), "<u2")
-        file.seek(entry.header_offset + 30 + int(lengths.sum()))
-        version = np.lib.format.read_magic(file)
-        read_header = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran_order, dtype = read_header(file)
-        order = "F" if fortran_order else "C"
-        return np.memmap(path, dtype, "r", offset=file.tell(), shape=shape, order=order)

@@ -1,0 +1,294 @@
+"""Where in a tree of folders the images of each split lie, and whether folders are classes.
+
+What a person would see at a glance is decided here from names and counts alone: folders that are
+splits, the photographs beside their label maps, the one folder that holds everything. What a person
+would have to ask about is refused with the candidates and the option that decides.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from headrace.shards.index import ShardError
+from headrace.shards.sources.vocabulary import (
+    SPLIT_ORDER,
+    is_container,
+    is_facts,
+    is_maps,
+    is_photographs,
+    split_of,
+    split_within,
+    without_split,
+)
+from headrace.shards.sources.walk import Folder
+
+Layout = Literal["auto", "splits", "folders", "flat"]
+_SETS_DEPTH = 4
+_NAMED = 6
+_MAP_SUFFIX = re.compile(
+    r"[_-](mask|masks|seg|segmentation|gt|label|labels|trimap)([_-].*)?$", re.I
+)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a person says of a source that does not explain itself.
+
+    layout: "splits": folders called like splits are splits; "folders": every folder is a class;
+    "flat": all images, without classes. images: the folder, below the source or below each split,
+    that has the photographs. labels: a list of names and labels. classes: the class names in the
+    order of their labels.
+    """
+
+    layout: Layout = "auto"
+    images: str | None = None
+    labels: Path | None = None
+    classes: Path | None = None
+
+
+AS_FOUND = Choices()
+"""Nothing is said: the source explains itself."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the images of one split lie.
+
+    top: the split's folder, or the source's. folder: what names are relative to. kind: whether the
+    folders inside are classes, or the images belong to none. deep: without classes, those of all
+    folders below count too.
+    """
+
+    split: str
+    top: Folder
+    folder: Folder
+    kind: Literal["classes", "flat"]
+    deep: bool = False
+
+    @property
+    def class_ids(self) -> tuple[str, ...]:
+        """Names of the class folders, sorted; one without images keeps its number."""
+        if self.kind == "flat":
+            return ()
+        return tuple(
+            folder.name
+            for folder in self.folder.folders
+            if folder.images_below or not is_facts(folder.name)
+        )
+
+
+def find_places(tree: Folder, choices: Choices) -> list[Place]:
+    """The splits of a tree, or one called ""; [] if it holds no image.
+
+    Raises `ShardError` for what can be read in several ways.
+    """
+    start = tree if choices.images is None else _named_folder(tree, choices.images)
+    inside = None if start is not None else choices.images
+    folder = start or tree
+    while folder.images_below:
+        splits = find_splits(folder, choices.layout)
+        if splits:
+            return _places_of(splits, choices, inside)
+        step = _step(folder, choices.layout, frozenset(), top=True)
+        if not isinstance(step, Folder):
+            if inside is not None:
+                raise ShardError(f"{tree.path}: --images {inside} is no folder below it")
+            if step == "classes" and choices.layout == "auto":
+                _refuse_several_sets(folder)
+            return [_place("", folder, folder, step, choices)]
+        folder = step
+    return []
+
+
+def _places_of(splits: dict[str, Folder], choices: Choices, images: str | None) -> list[Place]:
+    places: list[Place] = []
+    known: frozenset[str] = frozenset()
+    for name in sorted(splits, key=SPLIT_ORDER.index):
+        top = splits[name]
+        folder = top if images is None else _named_folder(top, images)
+        if folder is None:
+            raise ShardError(f"{top.path}: --images {images} is no folder below it")
+        step: Folder | Literal["classes", "flat"] = folder
+        while isinstance(step, Folder):
+            folder = step
+            step = _step(folder, choices.layout, known, top=False)
+        places.append(_place(name, top, folder, step, choices))
+        if name == "train":
+            known = frozenset(places[-1].class_ids)
+    return places
+
+
+def _place(
+    split: str, top: Folder, folder: Folder, kind: Literal["classes", "flat"], choices: Choices
+) -> Place:
+    """A list of labels counts for all images below, whatever the folders are called."""
+    listed = choices.labels is not None and kind == "classes"
+    return Place(split, top, folder, "flat" if listed else kind, listed or choices.layout == "flat")
+
+
+def _named_folder(tree: Folder, name: str) -> Folder | None:
+    """The folder at a relative path below `tree`, or at an absolute one."""
+    folder = tree
+    relative = os.path.relpath(os.path.expanduser(name), tree.path) if name[:1] in "/~" else name
+    for part in Path(relative).parts:
+        match = [inner for inner in folder.folders if inner.name == part]
+        if not match:
+            return None
+        folder = match[0]
+    return folder
+
+
+def _step(
+    folder: Folder, layout: Layout, known: frozenset[str], *, top: bool
+) -> Folder | Literal["classes", "flat"]:
+    """What a folder without splits is, or the folder inside that has everything.
+
+    known: train's classes. top: the folder is not inside a split.
+    """
+    inner = folder.inner
+    lone = inner[0] if len(inner) == 1 else None
+    if layout == "flat" or not inner:
+        return "flat"
+    if layout == "folders":
+        return lone if lone and not lone.images and not folder.images else "classes"
+    maps = [one for one in inner if is_maps(one.name)]
+    others = _without(inner, maps)
+    if folder.images:
+        return _with_loose_images(folder, maps, others)
+    if known and {one.name for one in inner} <= known:
+        return "classes"
+    if lone:
+        contains = is_container(lone.name, folder.name)
+        descends = contains if lone.images else contains or top or len(lone.inner) > 1
+        return lone if descends else "classes"
+    photographs = [one for one in others if is_photographs(one.name)]
+    if photographs:
+        if len(others) == 1:
+            return photographs[0]
+        raise ShardError(
+            f"{folder.path}: {_listed(photographs)} is called like a folder of all photographs, "
+            f"and other images lie beside it ({_listed(_without(inner, photographs))}): --images "
+            "DIR says which folder is meant, --layout folders that each is a class, --layout flat "
+            "that all images count"
+        )
+    for one in maps:
+        if any(_pairs(one, other) for other in others):
+            raise ShardError(
+                f"{folder.path}: {one.name} looks like label maps of {_listed(others)}: --images "
+                "DIR names the folder of photographs, --layout folders makes each a class"
+            )
+    return "classes"
+
+
+def _with_loose_images(
+    folder: Folder, maps: Sequence[Folder], others: Sequence[Folder]
+) -> Literal["classes", "flat"]:
+    """A folder with images of its own, and folders with images."""
+    if not others:
+        return "flat"
+    inside = sum(one.images_below for one in others)
+    if maps or len(folder.images) > inside:
+        raise ShardError(
+            f"{folder.path} holds {len(folder.images)} images both loose (as {folder.images[0]!r}) "
+            f"and {inside} in folders ({_listed(others)}): --layout folders takes the folders as "
+            "classes and leaves the loose ones, --layout flat takes all of them without classes"
+        )
+    return "classes"
+
+
+def find_splits(folder: Folder, layout: Layout = "auto") -> dict[str, Folder]:
+    """Split name -> folder; {} if the folders inside are no splits.
+
+    A class may be called "train" too. It is one if it holds images itself, and so does a neighbour
+    that is not named like a split. Words in names (`train2017`, `seg_test`) count where several
+    folders have them. Raises `ShardError` where both readings are likely.
+    """
+    if layout in ("folders", "flat"):
+        return {}
+    inner = [one for one in folder.inner if split_of(one.name) or not is_maps(one.name)]
+    named = [one for one in inner if split_of(one.name)]
+    exact = {split_of(one.name) for one in named}
+    worded = [one for one in _without(inner, named) if split_within(one.name) not in (None, *exact)]
+    rest = _without(inner, [*named, *worded])
+    if not named and not _worded_splits(folder, worded, rest, layout):
+        return {}
+    if layout == "auto" and len(exact) == 1 and rest:
+        if not worded and named[0].images and any(one.images for one in rest):
+            return {}
+        raise _either(folder, [*named, *worded], rest)
+    splits: dict[str, Folder] = {}
+    for one in (*named, *worded):
+        name = split_of(one.name) or split_within(one.name) or ""
+        if name in splits:
+            raise ShardError(
+                f"{folder.path}: {splits[name].name} and {one.name} are both a {name} split: point "
+                "at one of them, or --layout folders makes each folder a class"
+            )
+        splits[name] = one
+    return splits
+
+
+def _worded_splits(
+    folder: Folder, worded: Sequence[Folder], rest: Sequence[Folder], layout: Layout
+) -> bool:
+    """Whether folders with a split's word in their names are splits, none being called just so."""
+    meant = {split_within(one.name) for one in worded}
+    if layout == "splits" or (len(worded) == 1 and not rest):
+        return bool(worded)
+    if len(meant) < 2 or len(rest) > len(worded):
+        return False
+    if len({without_split(one.name) for one in worded}) > 1:
+        raise _either(folder, worded, rest)
+    return True
+
+
+def _either(folder: Folder, named: Sequence[Folder], rest: Sequence[Folder]) -> ShardError:
+    beside = f" beside {_listed(rest)}" if rest else ""
+    return ShardError(
+        f"{folder.path}: {_listed(named)}{beside} can be splits or classes: --layout splits "
+        "takes what is called like a split as one, --layout folders takes each folder as a class"
+    )
+
+
+def _refuse_several_sets(folder: Folder) -> None:
+    sets = [one for one in folder.inner if _holds_splits(one, _SETS_DEPTH)]
+    if sets:
+        beside = _without(folder.inner, sets)
+        more = f", and {_listed(beside)} beside them hold images" if beside else ""
+        raise ShardError(
+            f"{folder.path} holds more than one data set: {_listed(sets)} have splits of their own"
+            f"{more}: point at one of them, --images DIR names it, --layout folders makes each a "
+            "class"
+        )
+
+
+def _holds_splits(folder: Folder, depth: int) -> bool:
+    if folder.images or depth == 0:
+        return False
+    meant = {split_within(one.name) for one in folder.inner} - {None}
+    if any(split_of(one.name) for one in folder.inner) or len(meant) > 1:
+        return True
+    return any(_holds_splits(one, depth - 1) for one in folder.inner)
+
+
+def _pairs(maps: Folder, others: Folder) -> bool:
+    """Whether at least half of the maps have the name of a picture in `others`."""
+    stems = {os.path.splitext(name)[0] for one in others.below() for name in one.images}
+    mapped = [
+        _MAP_SUFFIX.sub("", os.path.splitext(name)[0])
+        for one in maps.below()
+        for name in one.images
+    ]
+    return 2 * sum(stem in stems for stem in mapped) >= len(mapped)
+
+
+def _without(folders: Iterable[Folder], taken: Sequence[Folder]) -> list[Folder]:
+    return [one for one in folders if all(one is not other for other in taken)]
+
+
+def _listed(folders: Sequence[Folder]) -> str:
+    names = ", ".join(f"{one.name}/" for one in folders[:_NAMED])
+    return names + (f" and {len(folders) - _NAMED} more" if len(folders) > _NAMED else "")
