@@ -495,7 +495,7 @@ def test_webdataset_tars_are_a_source_with_labels_and_splits(tmp_path: Path) -> 
     assert [s.name for s in list_source(tmp_path, "val")] == ["val"]
     for split in splits.values():
         assert_opened_alike(tmp_path, split)
-    with pytest.raises(ShardError, match=r"tars of the splits train, val: choose one"):
+    with pytest.raises(ShardError, match=r"has the splits train, val: choose one"):
         open_store(tmp_path / "*.tar")
     assert len(open_store(tmp_path / "*.tar", "train")) == 8
     store = open_store(tmp_path, "val")

@@ -34,6 +34,7 @@ from headrace.shards.sources.vocabulary import (
 from headrace.shards.sources.walk import Folder
 
 _NAMED = 10
+_WITHOUT = "--layout flat does without labels"
 
 
 def list_places(
@@ -81,7 +82,15 @@ def _list_place(
         by_list = _labelled(split, [labels], base, partly=f"complete {labels.path}")
         note = f"{labels.path} names none of these images"
         return by_list or replace(split, notes=(*split.notes, note))
+    lone = place.kind == "classes" and len(place.folder.inner) == 1
+    around = (*place.folder.inner, *around) if lone else around
     lists = () if choices.layout in ("flat", "folders") else _known_lists(place, around)
+    if lone and lists:
+        # One folder alone is hardly a class where a list gives its images labels.
+        whole = replace(place, kind="flat", deep=True)
+        by_list = _labelled(_flat(whole, lists), lists, base, partly=_WITHOUT)
+        if by_list is not None:
+            return by_list
     if place.kind == "classes":
         split = _classes(place, base, facts)
         for found in lists:
@@ -93,7 +102,7 @@ def _list_place(
         by_facts = facts.labelled(split, ids)
         if by_facts is not None:
             return by_facts
-    by_list = _labelled(split, lists, base, partly="--layout flat does without labels")
+    by_list = _labelled(split, lists, base, partly=_WITHOUT)
     if by_list is not None:
         return by_list
     notes = split.notes

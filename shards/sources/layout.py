@@ -161,9 +161,8 @@ def _step(
     if known and {one.name for one in inner} <= known:
         return "classes"
     if lone:
-        contains = is_container(lone.name, folder.name)
-        descends = contains if lone.images else contains or top or len(lone.inner) > 1
-        return lone if descends else "classes"
+        holds_all = is_container(lone.name, folder.name) or len(lone.inner) > 1
+        return lone if holds_all or (top and not lone.images) else "classes"
     photographs = [one for one in others if is_photographs(one.name)]
     if photographs:
         if len(others) == 1:

@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from headrace.shards.index import ShardError
-from headrace.shards.manifest import MANIFEST_FILE
+from headrace.shards.index import INDEX_FILE, ShardError
+from headrace.shards.manifest import MANIFEST_FILE, PARTS_DIRECTORY
 from headrace.shards.sources.arrays import ArrayFiles, find_arrays, list_arrays
 from headrace.shards.sources.census import Recognised, unused_images
 from headrace.shards.sources.folders import list_places, refuse_dangling_images
@@ -21,7 +21,7 @@ from headrace.shards.sources.layout import AS_FOUND, Choices, find_places
 from headrace.shards.sources.parquet import list_parquet
 from headrace.shards.sources.samples import SourceSplit
 from headrace.shards.sources.tars import list_tar_of_tars, list_tar_set
-from headrace.shards.sources.vocabulary import SPLIT_ORDER, split_of
+from headrace.shards.sources.vocabulary import SPLIT_ORDER, SPLITS, split_of
 from headrace.shards.sources.walk import Folder, walk
 from headrace.shards.tar_sets import recognise_tars, refuse_packed
 
@@ -86,7 +86,7 @@ def require_split(recognised: Recognised, only: str | None) -> None:
 
 def _look(source: Path, wanted: Sequence[str] | None, choices: Choices) -> Recognised:
     if source.is_file():
-        return _look_at_file(source, wanted)
+        return _look_at_file(source)
     tree = walk(str(source))
     arrays = find_arrays(tree)
     if arrays is not None:
@@ -95,8 +95,7 @@ def _look(source: Path, wanted: Sequence[str] | None, choices: Choices) -> Recog
         return Recognised(
             source, _sorted(splits), _others(arrays.by_split, splits), unused_images(tree, ())
         )
-    if (source / MANIFEST_FILE).is_file() or any(source.glob(f"*/{MANIFEST_FILE}")):
-        raise ShardError(f"{source} already holds shards that make_shards wrote; open them as such")
+    _refuse_shards(source)
     tar_set = recognise_tars(source)
     if tar_set is not None:
         splits = list_tar_set(tar_set, _chosen(tar_set.splits, wanted))
@@ -122,7 +121,19 @@ def _look(source: Path, wanted: Sequence[str] | None, choices: Choices) -> Recog
     return Recognised(source, _sorted(splits), _others(names, splits), unused_images(tree, places))
 
 
-def _look_at_file(source: Path, wanted: Sequence[str] | None) -> Recognised:
+def _refuse_shards(source: Path) -> None:
+    """What make_shards wrote, or began to write, is no source."""
+    if (source / MANIFEST_FILE).is_file() or any(source.glob(f"*/{MANIFEST_FILE}")):
+        raise ShardError(f"{source} already holds shards that make_shards wrote; open them as such")
+    for folder in (source, *(source / split for split in SPLITS)):
+        if (folder / INDEX_FILE).exists() or (folder / PARTS_DIRECTORY).exists():
+            raise ShardError(
+                f"{folder} holds shards and no {MANIFEST_FILE}: make_shards did not end there, run "
+                "it again to finish"
+            )
+
+
+def _look_at_file(source: Path) -> Recognised:
     match source.suffix:
         case ".npz":
             splits = list_arrays(ArrayFiles({"": [source]}))
