@@ -365,7 +365,7 @@ def _tars_of_others(path: Path) -> TarSet | None:
     return recognise_tars(path)
 
 
-def _open_written(path: Path) -> Store:
+def _open_written(path: Path) -> IndexedStore:
     manifest = read_manifest(path)
     index = read_index(path)
     if len(index) != manifest.samples:
@@ -397,7 +397,7 @@ def _open_written(path: Path) -> Store:
     )
 
 
-def _open_beton(path: Path) -> Store:
+def _open_beton(path: Path) -> IndexedStore:
     rows = read_beton_index(path)
     size_bytes = path.stat().st_size
     return IndexedStore(

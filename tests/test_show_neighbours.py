@@ -62,7 +62,7 @@ def test_neighbours_are_those_of_plain_arithmetic(tool: Any, run: Path) -> None:
     )
 
     def features(store: Any, ids: Any) -> torch.Tensor:
-        levels = [np.asarray(tool.decode(encoded)) for encoded in store.read(ids)]
+        levels = [np.asarray(tool.decode_rgb(encoded)) for encoded in store.read(ids)]
         pixels = torch.from_numpy(np.stack(levels)).permute(0, 3, 1, 2) / 255
         with torch.no_grad():
             return torch.nn.functional.normalize(encoder.eval()((pixels - mean) / std), dim=1)

@@ -92,8 +92,16 @@ def _walk(path: str, name: str, around: tuple[str, ...]) -> Folder:
         for inner_name, real in sorted(inner)
     )
     below = len(images) + sum(folder.images_below for folder in folders)
-    lists = (tuple(sorted(names)) for names in (images, others, dangling))
-    return Folder(name, path, folders, *lists, skipped, below)
+    return Folder(
+        name,
+        path,
+        folders,
+        images=tuple(sorted(images)),
+        others=tuple(sorted(others)),
+        dangling=tuple(sorted(dangling)),
+        skipped=skipped,
+        images_below=below,
+    )
 
 
 def _real_link(entry: os.DirEntry[str], around: tuple[str, ...]) -> str:
