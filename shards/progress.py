@@ -5,14 +5,27 @@ import sys
 from typing import Any, TextIO
 
 from tqdm import tqdm
+from typing_extensions import override
 
 SECONDS_BETWEEN_LINES = 30.0
+
+
+def say(text: str) -> None:
+    """A line on stdout that stays, above a bar where there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
 
 
 class ProgressBar(tqdm):
     """No monitor thread: it would outlive the bar."""
 
     monitor_interval = 0
+
+    @override
+    @staticmethod
+    def format_meter(*values: Any, **options: Any) -> str:
+        """tqdm's, but for a rate below one in a second, which it writes as "1.07s/ images"."""
+        return tqdm.format_meter(*values, **options).replace("s/ ", " s/")
 
 
 class _Lines:

@@ -324,17 +324,19 @@ def test_the_first_screen_says_what_this_is() -> None:
 
 @pytest.mark.slow
 def test_shell_scripts_explain_themselves_and_refuse_what_they_do_not_know(tmp_path: Path) -> None:
-    quickstart = str(ROOT / "tools/quickstart.sh")
-    assert "--seed" in run(tmp_path, "bash", quickstart, "--help")
-    wrong = subprocess.run(
-        ["bash", quickstart, "--sed", "1"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert wrong.returncode == 2
-    assert "unknown option --sed" in wrong.stderr
+    for name, known, unknown in (("quickstart", "--seed", "--sed"), ("test", "--fast", "--fst")):
+        script = str(ROOT / f"tools/{name}.sh")
+        assert known in run(tmp_path, "bash", script, "--help")
+        wrong = subprocess.run(
+            ["bash", script, unknown, "1"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert wrong.returncode == 2
+        assert wrong.stderr.startswith(f"error: unknown option {unknown}")
+        assert not wrong.stdout  # nothing was installed before that
     for script in ("quickstart.sh", "test.sh", "setup.sh"):
         run(tmp_path, "bash", "-n", str(ROOT / "tools" / script))
 

@@ -3,7 +3,7 @@
 #
 #   bash tools/test.sh              everything
 #   bash tools/test.sh --fast       checks and the fast tests only
-#   bash tools/test.sh -k order     what follows goes to pytest
+#   bash tools/test.sh -k order     what follows goes to pytest; after -- anything that it knows
 #
 # Test files run side by side, one process per core (four at most), each with one thread; tests that
 # start ranks or measure time run alone afterwards.
@@ -11,6 +11,14 @@ set -euo pipefail
 case "${1:-}" in
     -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
 esac
+# Before anything is installed: a slip should not cost gigabytes.
+for option; do
+    case "$option" in
+        --) break ;;
+        --fast | -[kmxqvsn] | -vv | --lf | --ff | --pdb | --durations=* | --tb=* | --maxfail=*) ;;
+        -*) printf 'error: unknown option %s; see bash tools/test.sh --help\n' "$option" >&2; exit 2 ;;
+    esac
+done
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$ROOT"
 export PATH="$ROOT/.venv/bin:$PATH"
@@ -20,6 +28,7 @@ if [ "${1:-}" = "--fast" ]; then
     fast=yes
     shift
 fi
+[ "${1:-}" = "--" ] && shift
 
 step() {
     printf '\n== %s\n' "$*"

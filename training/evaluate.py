@@ -26,10 +26,12 @@ from typing import Any
 from torch import nn
 
 from headrace.pipelines.approximation import Approximation
+from headrace.pipelines.compiling import told_of_compiling
 from headrace.pipelines.engines import choose
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import threads_per_rank, usable_cores
+from headrace.shards.progress import say
 from headrace.shards.store import Store
 from headrace.training.backbones import resolve_options
 from headrace.training.build import trained_encoder, untrained_encoder
@@ -59,7 +61,10 @@ def main(arguments: Sequence[str]) -> int:
             settings.check(train, val)
         # Built where there are no other ranks, which judging has its own number of.
         encoder = build_encoder(record, train, test, options)
-        with join(options.device) as world:
+        with (
+            join(options.device) as world,
+            told_of_compiling(lambda text: say(text) if world.is_main else None),
+        ):
             train_pass = test_view_pass(record, train, test, options, world)
             val_pass = replace(train_pass, store=val)
             subject = Subject(

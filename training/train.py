@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.pipelines.batch import Batch
+from headrace.pipelines.compiling import told_of_compiling
 from headrace.pipelines.loader import Loader
 from headrace.shards.store import Store
 from headrace.training import optim
@@ -154,7 +155,11 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
         }
 
     # ------------------------------------------------------------------------------------- Loop
-    with loader, open_journal(out, world, start=start, total_steps=steps) as journal:
+    with (
+        loader,
+        open_journal(out, world, start=start, total_steps=steps) as journal,
+        told_of_compiling(journal.say),
+    ):
         journal.say(
             f"{config.method}, preset {config.preset}, {config.backbone}: {out}\n"
             f"{store.uri}: {len(store)} images, {epoch_steps} steps of {data.batch_size} in an "
@@ -162,6 +167,8 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
             f"step {start} of {steps} on {world.size} x {world.device.type}, "
             f"peak learning rate {schedule.peak:.3g}, judged at {test_pixels} pixels"
         )
+        if config.init:
+            journal.say(f"--init {config.init}")
         for sentence in validation.sentences:
             journal.say(sentence)
         if run.gradient_cache and has_batch_norm(method):

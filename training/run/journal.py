@@ -11,15 +11,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from tqdm import tqdm
 from typing_extensions import override
 
-from headrace.shards.progress import on_terminal, progress_bar
+from headrace.shards.progress import on_terminal, progress_bar, say
 from headrace.training.run.directory import METRICS_FILE, TENSORBOARD_FOLDER
 from headrace.training.world import World
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+
+
+SECONDS_BETWEEN_KEPT_LINES = 300.0
 
 
 class Journal:
@@ -52,12 +55,11 @@ class MainJournal(Journal):
     ) -> None:
         self._lines, self._board, self._bar = lines, board, bar
         self._start, self._total_steps = start, total_steps
-        self._began = time.perf_counter()
+        self._began = self._kept_a_line = time.perf_counter()
 
     @override
     def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        say(text)
 
     @override
     def advance(self) -> None:
@@ -73,20 +75,28 @@ class MainJournal(Journal):
         for name, value in values.items():
             if name not in ("step", "seconds"):
                 self._board.add_scalar(name, value, int(values["step"]))
+        self._show(values)
+        if evaluated:
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in evaluated.items())
+            self.say(f"step {values['step']}: {shown}")
+
+    def _show(self, values: Mapping[str, float]) -> None:
+        """In the bar, where there is one; as a line where there is none, and now and then, so that
+        what was can be looked up above the bar."""
         speed, waited = values["images_per_second"], values["wait_share"]
+        now = time.perf_counter()
         if self._bar is not None:
             self._bar.set_postfix_str(
                 f"loss {values['loss']:.4f}, {speed:.0f} images/s, waiting {waited:.0%}"
             )
-        else:
-            self.say(
-                f"step {values['step']}/{self._total_steps}  epoch {values['epoch']:.2f}  "
-                f"loss {values['loss']:.4f}  {speed:.1f} images/s  waiting {waited:.1%}  "
-                f"{self._left(int(values['step']))} left"
-            )
-        if evaluated:
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in evaluated.items())
-            self.say(f"step {values['step']}: {shown}")
+            if now - self._kept_a_line < SECONDS_BETWEEN_KEPT_LINES:
+                return
+        self._kept_a_line = now
+        self.say(
+            f"step {values['step']}/{self._total_steps}  epoch {values['epoch']:.2f}  "
+            f"loss {values['loss']:.4f}  {speed:.1f} images/s  waiting {waited:.1%}  "
+            f"{self._left(int(values['step']))} left"
+        )
 
     def _left(self, step: int) -> str:
         per_step = (time.perf_counter() - self._began) / max(1, step - self._start)
