@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from headrace.pipelines.faults import Fault
+
 _Move = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -68,6 +70,7 @@ class Batch:
     erased: V entries, None where nothing is erased in the view. mixed: None without Mix. Both are
     done to views that are finished, and to be done to views that are still uint8.
     epoch, position: the epoch, and the place in it of the first sample of the *global* batch.
+    faults: of samples that could not be used, where the loader goes on.
     """
 
     views: tuple[torch.Tensor, ...]
@@ -80,6 +83,7 @@ class Batch:
     erased: tuple[Erased | None, ...] = ()
     mixed: Mixed | None = None
     components: Mapping[str, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
+    faults: tuple[Fault, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -118,7 +122,8 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
         return batches[0]
     columns = zip(*(batch.tensors() for batch in batches), strict=True)
     merged = iter([torch.cat(column) for column in columns])
-    whole = batches[0].map(lambda _: next(merged))
+    faults = tuple(fault for batch in batches for fault in batch.faults)
+    whole = replace(batches[0].map(lambda _: next(merged)), faults=faults)
     if whole.mixed is None:
         return whole
     # Partners are numbered from the first row of their own micro-batch.

@@ -27,6 +27,7 @@ from headrace.pipelines.components import open_components
 from headrace.pipelines.differences import differences, plain
 from headrace.pipelines.draw import PLAN_VERSION
 from headrace.pipelines.engines import Engine, choose
+from headrace.pipelines.faults import OnError
 from headrace.pipelines.order import Order, OrderError, Part, Shuffle
 from headrace.pipelines.recipe import Augmentation
 from headrace.pipelines.stream import LoaderError, Place, Stream, Worker, receive, require
@@ -273,6 +274,7 @@ def open_loader(
     passes: int | None = None,
     stage: bool = True,
     approximate: tuple[Approximation, ...] = (),
+    on_error: OnError = "raise",
 ) -> Loader:
     """A Loader of `augmentation`'s views of the store's samples, for one rank.
 
@@ -290,6 +292,9 @@ def open_loader(
     stage: False leaves the views uint8, neither erased nor mixed.
     approximate: names in `approximation.APPROXIMATIONS` of differences from `reference` that the
     engine may make where it has nothing better; those that it makes enter the fingerprint.
+    on_error: what becomes of a sample that cannot be read or decoded: "raise" ends the iteration;
+    "report" and "replace" go on, as `faults` says, and the batch names it in `Batch.faults`. No
+    part of the fingerprint.
     Raises LoaderError for what cannot be delivered, Unsupported for what no engine can run,
     ShardError where the data set lacks a component that the recipe asks for.
     """
@@ -337,5 +342,6 @@ def open_loader(
         stage=stage,
         approximate=approximate,
         components=open_components(store, augmentation),
+        on_error=on_error,
     )
     return Loader(stream, stream.open_engine())

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from headrace.pipelines.engines import (
 )
 from headrace.pipelines.engines.contract import give_way
 from headrace.pipelines.engines.device_stage import device_stage
+from headrace.pipelines.faults import OnError, Unusable, fill, others_of
 from headrace.pipelines.order import Order, rank_slice
 from headrace.pipelines.recipe import Augmentation
 from headrace.pipelines.table import Table
@@ -79,6 +81,7 @@ class Stream:
     approximate: tuple[Approximation, ...] = ()
     table: Table | None = None
     components: Mapping[str, Store] = field(default_factory=dict)
+    on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -188,24 +191,40 @@ class Stream:
         rows = slice(first, first + self.step_length(place.step))
         return self.table.ids[rows], self.table.occurrences[rows]
 
-    def work(self, place: Place) -> Work:
+    def work(self, place: Place, unusable: Unusable) -> Work:
+        """unusable: what was met so far; more is added, unless `on_error` is "raise"."""
         ids, occurrences = self.global_batch(place)
         share = self.share(place.step, place.part)
+        first = place.step * self.order.batch_size
         ids, occurrences = ids[share], occurrences[share]
+        filled = None
+        if self.on_error != "raise":
+            others = partial(others_of, self.order, self.table, place.epoch)
+            filled = fill(
+                self.store,
+                ids,
+                occurrences,
+                unusable,
+                epoch=place.epoch,
+                first=first + share.start,
+                others=others if self.on_error == "replace" else None,
+            )
+            ids, occurrences = filled.ids, filled.occurrences
         plan = draw(
             self.augmentation,
             seed=self.order.seed,
             epoch=place.epoch,
-            position=place.step * self.order.batch_size,
+            position=first,
             first=share.start,
             ids=ids,
             occurrences=occurrences,
             sizes=self.store.sizes(ids),
         )
         give_way()
-        encoded = self.store.read(ids)
+        encoded = self.store.read(ids) if filled is None else filled.encoded
         give_way()
-        return Work(plan, encoded, self.store.labels(ids))
+        faults = () if filled is None else filled.faults
+        return Work(plan, encoded, self.store.labels(ids), faults)
 
     def finish(self, batch: Batch) -> Batch:
         """To the consumer's device, and finished if that is asked for and not yet done."""
@@ -302,19 +321,37 @@ class Worker:
             self._engine.close()
 
     def _produce(self) -> None:
-        places: deque[Place] = deque()
+        unusable: Unusable = {}
+        start = self._start
+        while True:
+            places: deque[Place] = deque()
+            try:
+                self._run_engine(start, places, unusable)
+                return
+            except SampleError as error:
+                # Black or another picture in its place did not help: not the picture is at fault.
+                if self._stream.on_error == "raise" or error.sample_id in unusable:
+                    raise
+                unusable[error.sample_id] = error.reason
+            # An engine ends with its error: another one goes on at the batch that it stopped in.
+            start = places[0]
+            self._slots.release(len(places))
+            self._engine.close()
+            self._engine = self._stream.open_engine()
+
+    def _run_engine(self, start: Place, places: deque[Place], unusable: Unusable) -> None:
+        """Make batches from `start` on. places: those that are taken and not yet delivered."""
         failure: list[Exception] = []
 
         def works() -> Iterator[Work]:
             # A failure here waits until the engine has given back the batches before it.
             try:
-                for place in self._stream.places(self._start):
+                for place in self._stream.places(start):
                     self._slots.acquire()
                     if self._stopping.is_set():
                         return
-                    work = self._stream.work(place)
                     places.append(place)
-                    yield work
+                    yield self._stream.work(place, unusable)
             except Exception as error:
                 failure.append(error)
 

@@ -187,12 +187,12 @@ def test_ranks_and_micro_batches_share_the_same_global_batches(
 def test_ranks_share_the_same_plans(store: MemoryStore) -> None:
     whole = opened(store, RECIPE)
     place = Place(epoch=1, step=2, part=0)
-    plan = whole._stream.work(place).plan
+    plan = whole._stream.work(place, {}).plan
     for world_size in (2, 4):
         share = 8 // world_size
         for rank in range(world_size):
             loader = opened(store, RECIPE, rank=rank, world_size=world_size)
-            own: Plan = loader._stream.work(place).plan
+            own: Plan = loader._stream.work(place, {}).plan
             assert own.equal(plan.rows(slice(rank * share, (rank + 1) * share)))
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from headrace.pipelines.approximation import Approximation
 from headrace.pipelines.batch import Batch, Erased, Mixed
+from headrace.pipelines.faults import Fault
 from headrace.pipelines.plan import Columns, Plan
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.errors import UserError
@@ -56,12 +57,13 @@ class Work:
 
     plan: ids, sizes and every random number of the B samples.
     encoded: B read-only uint8 [bytes] arrays, JPEG, PNG or PNM P6, valid until the Batch is out.
-    labels: int64 [B], -1 where there is none.
+    labels: int64 [B], -1 where there is none. faults: for the Batch.
     """
 
     plan: Plan
     encoded: list[NDArray[np.uint8]]
     labels: NDArray[np.int64]
+    faults: tuple[Fault, ...] = ()
 
     def batch(self, views: tuple[torch.Tensor, ...]) -> Batch:
         """The finished Batch: `views` ([B, 3, H, W] channels_last) with the plan's rest."""
@@ -79,6 +81,7 @@ class Work:
             draws={name: torch.tensor(values) for name, values in self.plan.draws.items()},
             erased=tuple(_erased(view.erase) for view in self.plan.views),
             mixed=_mixed(self.plan.mix, labels),
+            faults=self.faults,
         )
 
 
