@@ -65,6 +65,7 @@ class Loader:
         self._worker: Worker | None = None
         self._finalizer: weakref.finalize[Any, Loader] | None = None
         self._closed = False
+        self._digests: dict[int, str | None] = {}  # of epochs with a table
         self.wait_seconds = 0.0
         self.engine_name = stream.engine_name
         self.steps_per_epoch = stream.order.steps_per_epoch
@@ -155,6 +156,7 @@ class Loader:
             table = None if ids is None else make_table(self._stream.order, epoch, ids)
         except OrderError as error:
             raise LoaderError(f"{self._stream.store.uri}: {error}") from error
+        self._digests = {epoch - 1: self._digests.get(epoch - 1), epoch: _digest(table)}
         if _digest(table) != _digest(self._table):
             self._halt()
             self._stream = replace(self._stream, table=table)
@@ -178,23 +180,25 @@ class Loader:
             self._idle_engine.close()
             self._idle_engine = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, at: tuple[int, int] | None = None) -> dict[str, Any]:
         """{"epoch", "position", "table", "fingerprint"}: where the next step starts; JSON-ready.
 
         position: samples of the epoch's global order whose steps were delivered. After an epoch's
         last step it is position 0 of the next epoch. table: sha256 of the epoch's table, or None.
-        Raises LoaderError between the micro-batches of a step.
+        at: (epoch, step) of a step that was delivered, to go on there and deliver it again.
+        Raises LoaderError between the micro-batches of a step, unless `at` is given.
         """
-        epoch, step, part = self._next
+        epoch, step, part = self._next if at is None else Place(*at, 0)
         require(
             part == 0,
             f"micro-batch {part} of {self._stream.accumulate} of step {step} was delivered: "
             f"a state is taken between steps",
         )
+        table = _digest(self._table) if epoch == self._next.epoch else self._digests.get(epoch)
         return {
             "epoch": epoch,
             "position": step * self._stream.order.batch_size,
-            "table": _digest(self._table),
+            "table": table if at is None or step > 0 else None,
             "fingerprint": copy.deepcopy(self.fingerprint),
         }
 
@@ -236,6 +240,7 @@ class Loader:
             )
         self._halt()
         self._next = Place(epoch, step, 0)
+        self._digests = {epoch: _digest(table)}
         self._stream = replace(
             self._stream, table=None if table is None else replace(table, epoch=epoch)
         )

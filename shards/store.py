@@ -8,7 +8,7 @@ of it is read. Bytes are views into the page cache wherever the file holds them 
 import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ from headrace.shards.tar_sets import TarSet, recognise_tars, refuse_packed, tar_
 _SHARD_ENDINGS = (".tar", ".beton")
 _PATTERN = re.compile(r"[*?\[{]")
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+_OF_A_FILE = ("length", "height", "width")
 _EXPECTED = (
     "expected a directory that make_shards wrote, a .beton file, WebDataset tars (a path, a glob, "
     "or x-{000..012}.tar), or a folder of images (one directory per class, or flat)"
@@ -156,6 +157,26 @@ class IndexedStore:
             data = self._files.read(shard, offset, length)
             encoded.append(_with_pnm_header(data, height, width) if encoding == RAW else data)
         return encoded
+
+    def file_row(self, sample_id: int) -> dict[str, int]:
+        """What the index says of a file: "length" in bytes, "height" and "width" in pixels."""
+        (sample_id,) = self._checked([sample_id])
+        return {column: int(self._index.rows[sample_id][column]) for column in _OF_A_FILE}
+
+    def fingerprint_with(self, files: Mapping[int, Mapping[str, int]]) -> str:
+        """The fingerprint that this folder had, if some samples' files had other `file_row`s.
+
+        Of shards the fingerprint that they have: a sample in them does not change by itself.
+        """
+        if self._files is not None:
+            return self.fingerprint
+        rows = np.array(self._index.rows)
+        for sample, values in files.items():
+            for column in _OF_A_FILE:
+                rows[column][sample] = values[column]
+        names = map(self._index.name, range(len(rows)))
+        listed = zip(names, rows["length"].tolist(), strict=True)
+        return fingerprint_of(listed, rows, self._index.names.tobytes())
 
     def _read_file(self, sample_id: int, length: int) -> NDArray[np.uint8]:
         path = Path(self.uri) / self._index.name(sample_id)

@@ -27,7 +27,7 @@ from headrace.training.guard import Guard, Signals
 from headrace.training.meters import Meters
 from headrace.training.preset import ConfigError
 from headrace.training.run import checkpoint
-from headrace.training.run.directory import CheckpointError, cut_back_metrics
+from headrace.training.run.directory import METRICS_FILE, CheckpointError, cut_back
 from headrace.training.run.export import read_initial
 from headrace.training.run.lock import locked
 from headrace.training.world import World
@@ -442,7 +442,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1}\n{"step": 2}\nnoise\n{"step": 3}\n{"st')
-    cut_back_metrics(tmp_path, 2)
+    cut_back(tmp_path / METRICS_FILE, 2)
     assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

@@ -55,6 +55,9 @@ class Data:
     """Threads of the engine per rank; None takes this rank's share of the cores."""
     prefetch: int = 2
     """Batches that are prepared ahead."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """An image that cannot be read or decoded: raise saves the run before the step and stops;
+    skip puts another image in its place and lists it in RUN/skipped.jsonl."""
 
     def __post_init__(self) -> None:
         require_count("data", self, "batch_size", "repeated_augmentation", "threads", "prefetch")

@@ -1,10 +1,10 @@
-"""What may end a run early: a loss that stops being finite, and a signal.
+"""What may end a run early: a loss that stops being finite, an image that is missing, and a signal.
 
-Both are flags on the device. Every step reduces them over the ranks, so that all ranks end at the
+All are flags on the device. Every step reduces them over the ranks, so that all ranks end at the
 same step, and the step itself asks the device for nothing: the optimiser skips its update where
 `blocked` is 1, whatever else changed in the step is selected back, and the host reads the flags of
 an earlier step, which the device has long finished. Costs a copy of the state that no optimiser
-updates (teacher, running statistics, queues) and one all-reduce of two numbers.
+updates (teacher, running statistics, queues) and one all-reduce of three numbers.
 """
 
 import signal
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from headrace.pipelines.batch import Batch
+from headrace.pipelines.faults import Fault
 from headrace.training.blocks.memory import RowMemory
 from headrace.training.collectives import gather_objects, largest_over_ranks_
 from headrace.training.world import World
@@ -51,13 +52,24 @@ def catch_signals() -> Iterator[Signals]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """failed_step: the first step (from 1) whose loss or gradient was not finite; ids: the samples
-    of that step and of those after it that were already under way, by step, over all ranks.
-    stop: a signal has arrived at some rank."""
+    """failed_step: the first step (from 1) whose loss or gradient was not finite, or that an image
+    was missing from; ids: the samples of that step and of those after it that were already under
+    way, by step, over all ranks. faults: of samples that could not be used, by step, over all
+    ranks. stop: a signal has arrived at some rank."""
 
     failed_step: int | None = None
     ids: dict[int, list[int]] = field(default_factory=dict)
+    faults: dict[int, list[Fault]] = field(default_factory=dict)
     stop: bool = False
+
+    @property
+    def missing(self) -> tuple[int, list[Fault]] | None:
+        """The step that failed and the samples that it lacked, if that is why it failed."""
+        if self.failed_step is None:
+            return None
+        faults = self.faults.get(self.failed_step, [])
+        missing = [fault for fault in faults if fault.replacement is None]
+        return (self.failed_step, missing) if missing else None
 
 
 class Guard:
@@ -80,9 +92,10 @@ class Guard:
         self._saved_moments: dict[tuple[int, str], Tensor] = {}
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self._ids: deque[tuple[int, list[Tensor]]] = deque(maxlen=_HOST_IS_AHEAD_STEPS + 1)
+        self._faults: dict[int, list[Fault]] = {}
         self.blocked = torch.zeros((), device=world.device)
         """float32: 1 from the first failed step on."""
-        self._flags = torch.zeros(2, device=world.device)
+        self._flags = torch.zeros(3, device=world.device)
         optimizer.found_inf = self.blocked  # pyright: ignore[reportAttributeAccessIssue]
 
     def _state(self) -> list[Tensor]:
@@ -120,10 +133,15 @@ class Guard:
             torch._foreach_copy_(self._saved, state)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
-    def check(self, values: Sequence[Tensor]) -> None:
-        """Block this update, on all ranks, if one of the scalars is not finite on one of them."""
+    def check(self, values: Sequence[Tensor], batches: Sequence[Batch] = ()) -> None:
+        """Block this update, on all ranks, if one of the scalars is not finite on one of them, or
+        if a sample could not be used and nothing has taken its place."""
+        faults = [fault for batch in batches for fault in batch.faults]
         self._flags[0] = 1.0 - torch.stack([value.isfinite() for value in values]).all().float()
+        if any(fault.replacement is None for fault in faults):
+            self._flags[0] = 1.0
         self._flags[1] = float(self._signals.received is not None)
+        self._flags[2] = float(bool(faults))
         largest_over_ranks_(self._flags)
         torch.maximum(self.blocked, self._flags[0], out=self.blocked)
 
@@ -140,9 +158,10 @@ class Guard:
         for memory in self._memories():
             memory.undo(blocked)
         self._ids.append((step, [batch.ids for batch in batches]))
-        flags = torch.stack([self.blocked, self._flags[1]])
+        self._faults[step] = [fault for batch in batches for fault in batch.faults]
+        flags = torch.cat([self.blocked[None], self._flags[1:]])
         if flags.device.type == "cuda":
-            host = torch.empty(2, pin_memory=True)
+            host = torch.empty(3, pin_memory=True)
             host.copy_(flags, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
@@ -155,17 +174,20 @@ class Guard:
 
         Every rank reads the same steps' flags at the same step, and so comes to the same verdict.
         """
-        stop = False
+        stop, faults = False, dict[int, list[Fault]]()
         ahead = _HOST_IS_AHEAD_STEPS if self._world.device.type == "cuda" else 0
         while len(self._pending) > (0 if drain or stop else ahead):
             step, flags, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            failed, stopped = flags.tolist()
+            failed, stopped, faulty = flags.tolist()
+            faults_here = self._faults.pop(step)
+            if faulty:
+                faults[step] = [f for of_rank in gather_objects(faults_here) for f in of_rank]
             if failed:
-                return Verdict(failed_step=step, ids=self._gather_ids(step))
+                return Verdict(failed_step=step, ids=self._gather_ids(step), faults=faults)
             stop = stop or bool(stopped)
-        return Verdict(stop=stop)
+        return Verdict(faults=faults, stop=stop)
 
     @property
     def signal_name(self) -> str:

@@ -48,6 +48,7 @@ def open_training_loader(
         threads=_threads(config, world),
         prefetch=config.data.prefetch,
         approximate=config.data.approximate,
+        on_error="replace" if config.data.on_error == "skip" else "report",
     )
 
 

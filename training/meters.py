@@ -84,6 +84,12 @@ class Meters:
             self._counts[name] = self._counts.get(name, 0) + 1
         self._steps += 1
 
+    def forget(self, steps: int) -> None:
+        """Of the steps that were counted, the last `steps` are to be taken again: the interval's
+        means begin anew where there are any."""
+        if steps > 0:
+            self._sums, self._counts = {}, {}
+
     @property
     def seconds(self) -> float:
         """Since the run began, all its parts together."""

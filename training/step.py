@@ -63,7 +63,7 @@ def optimiser_step(
             average(trained, world)
         norm = gradient_norm(trained)
         if guard is not None:
-            guard.check([*last.losses, norm])
+            guard.check([*last.losses, norm], last.batches)
         if clip_norm is not None:
             clip_gradients(trained, norm, clip_norm)
         method.after_backward(in_phase)

@@ -45,6 +45,7 @@ from headrace.training.parallel import model_for
 from headrace.training.run import checkpoint
 from headrace.training.run.directory import begin
 from headrace.training.run.export import timm_config
+from headrace.training.run.faults import Faults
 from headrace.training.run.journal import open_journal
 from headrace.training.run.lock import locked
 from headrace.training.run.what_now import what_now
@@ -127,7 +128,9 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
     fingerprint = config.fingerprint(
         loader.fingerprint, total_steps=steps, precision=context.precision, world_size=world.size
     )
+    faults = Faults(store, before.get("faults") if before else None)
     if before:
+        faults.accept_repairs(before)
         checkpoint.require_same(out, before["fingerprint"], fingerprint)
         method.load_state_dict(before["method"])
         optimizer.load_state_dict(before["optimizer"])
@@ -148,8 +151,9 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
             "step": step,
             "method": method.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "loader": loader.state_dict(),
+            "loader": loader.state_dict(divmod(step, epoch_steps)),
             "meters": meters.state_dict(),
+            "faults": faults.known,
             "engine": loader.engine_name,
             "fingerprint": fingerprint,
         }
@@ -199,18 +203,26 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
                 cached=run.gradient_cache,
                 guard=guard,
             )
-            guard.end(step + 1, report.batches)
-            meters.step(report.scalars)
-            journal.advance()
+            done = step + 1
+            guard.end(done, report.batches)
 
             # What follows looks at the device, each at its own cadence.
-            done = step + 1
             evaluating = bool(validation.sets) and (done % evaluate_steps == 0 or done == steps)
             logging = done % run.log_every == 0 or done == steps or evaluating
             saving = done % run.save_every == 0 or done == steps
             verdict = guard.read(drain=logging or saving)
+            if verdict.faults and verdict.failed_step is None and world.is_main:
+                journal.say(faults.record(out, verdict.faults))
+            faults.remember(verdict.faults)
+            if missing := verdict.missing:
+                meters.forget(done - missing[0])
+                saved = state(missing[0] - 1)
+                checkpoint.save_step(out, saved, method.exports(), network, world)
+                raise faults.stopped(*missing, out)
             if verdict.failed_step is not None:
                 return checkpoint.fail(out, verdict.failed_step, verdict.ids, state(done), world)
+            meters.step(report.scalars)
+            journal.advance()
             if logging:
                 values = {"step": done, "epoch": done / epoch_steps, **meters.take(), **rates}
                 with meters.paused():

@@ -2,6 +2,7 @@
 
 config.json            resolved configuration, versions, fingerprint of the stream, command line
 metrics.jsonl          a line per logged step
+skipped.jsonl          a line per image that could not be used and was replaced
 checkpoint.pt          everything needed to continue, replaced as a whole
 encoder/               the encoder of the same step for timm, with the pictures that it expects:
                        timm.create_model("local-dir:RUN/encoder", pretrained=True)
@@ -25,6 +26,7 @@ from headrace.shards.errors import UserError
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
+SKIPPED_FILE = "skipped.jsonl"
 CHECKPOINT_FILE = "checkpoint.pt"
 ENCODER_FILE = "encoder.safetensors"
 CLASSIFIER_FILE = "classifier.safetensors"
@@ -43,7 +45,7 @@ def begin(
     derived: Mapping[str, Any],
     fingerprint: Mapping[str, Any],
 ) -> None:
-    """Write config.json, and drop from metrics.jsonl what is later than step `start`."""
+    """Write config.json, and drop from the lines of steps what is later than step `start`."""
     description = {
         "config": config,
         "derived": derived,
@@ -52,7 +54,9 @@ def begin(
         "command": sys.argv,
     }
     write_json(directory / CONFIG_FILE, description)
-    cut_back_metrics(directory, start)
+    cut_back(directory / METRICS_FILE, start)
+    if (directory / SKIPPED_FILE).exists():
+        cut_back(directory / SKIPPED_FILE, start)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -61,17 +65,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         file.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
-def cut_back_metrics(directory: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and what is no whole line."""
-    metrics = directory / METRICS_FILE
+def cut_back(path: Path, step: int) -> None:
+    """Drop from JSON lines those of steps after `step`, and what is no whole line."""
     kept = []
-    for line in metrics.read_bytes().splitlines() if metrics.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             continue  # half a line, from the moment in which the run was killed
-    with atomic_file(metrics) as file:
+    with atomic_file(path) as file:
         file.writelines(kept)
 
 
