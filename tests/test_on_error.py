@@ -15,6 +15,7 @@ from headrace import training
 from headrace.pipelines.faults import Fault
 from headrace.shards.store import open_store
 from headrace.training.run.faults import Faults
+from headrace.training.world import World
 
 TRAIN = Path(training.__file__).parent / "train.py"
 SAMPLES = 33
@@ -123,7 +124,7 @@ def test_a_repaired_file_alone_may_change(tmp_path: Path) -> None:
     store = open_store(data)
     faults = Faults(store)
     bad = store.names(np.arange(len(store))).index(BAD)
-    faults.remember({5: [Fault(bad, 0, 3, "cut")]})
+    assert not list(faults.met({5: [Fault(bad, 0, 3, "cut")]}, tmp_path, World(), skipped=False))
 
     def accepted() -> bool:
         """Whether a checkpoint of the store before is one of the store now."""

@@ -205,19 +205,16 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
             )
             done = step + 1
             guard.end(done, report.batches)
-
             # What follows looks at the device, each at its own cadence.
             evaluating = bool(validation.sets) and (done % evaluate_steps == 0 or done == steps)
             logging = done % run.log_every == 0 or done == steps or evaluating
             saving = done % run.save_every == 0 or done == steps
             verdict = guard.read(drain=logging or saving)
-            if verdict.faults and verdict.failed_step is None and world.is_main:
-                journal.say(faults.record(out, verdict.faults))
-            faults.remember(verdict.faults)
+            for sentence in faults.met(verdict.faults, out, world, skipped=not verdict.missing):
+                journal.say(sentence)
             if missing := verdict.missing:
                 meters.forget(done - missing[0])
-                saved = state(missing[0] - 1)
-                checkpoint.save_step(out, saved, method.exports(), network, world)
+                checkpoint.save_step(out, state(missing[0] - 1), method.exports(), network, world)
                 raise faults.stopped(*missing, out)
             if verdict.failed_step is not None:
                 return checkpoint.fail(out, verdict.failed_step, verdict.ids, state(done), world)

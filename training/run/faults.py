@@ -7,7 +7,7 @@ file goes on all the same, where that file is all that has changed.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from headrace.pipelines.faults import Fault
 from headrace.shards.errors import UserError
 from headrace.shards.store import IndexedStore, Store
 from headrace.training.run.directory import SKIPPED_FILE
+from headrace.training.world import World
 
 _NAMED = 5
 
@@ -30,10 +31,25 @@ class Faults:
         self._store = store
         self.known = {int(sample): dict(row) for sample, row in (known or {}).items()}
 
-    def record(self, directory: Path, faults: Mapping[int, Sequence[Fault]]) -> str:
-        """Append a line for each to RUN/skipped.jsonl, and say so. faults: by step, from 1."""
+    def met(
+        self, faults: Mapping[int, Sequence[Fault]], out: Path, world: World, *, skipped: bool
+    ) -> Iterator[str]:
+        """Take note of faults, by step from 1, the same on every rank; a sentence for people.
+
+        skipped: others took their places, which stands in RUN/skipped.jsonl from now on.
+        """
+        if skipped and faults and world.is_main:
+            yield self._append(out / SKIPPED_FILE, faults)
+        for fault in (fault for of_step in faults.values() for fault in of_step):
+            if fault.sample_id not in self.known:
+                store, row = self._store, {}
+                if isinstance(store, IndexedStore):
+                    row = store.file_row(fault.sample_id)
+                self.known[fault.sample_id] = row
+
+    def _append(self, path: Path, faults: Mapping[int, Sequence[Fault]]) -> str:
         skipped: list[str] = []
-        with (directory / SKIPPED_FILE).open("a", encoding="ascii") as file:
+        with path.open("a", encoding="ascii") as file:
             for step, of_step in faults.items():
                 for fault in of_step:
                     name = self._name(fault.sample_id)
@@ -49,14 +65,7 @@ class Faults:
                     file.write(json.dumps(line) + "\n")
                     again = ", again" if fault.sample_id in self.known else f" ({fault.reason})"
                     skipped.append(f"{name!r}{again}")
-        return f"skipped, and listed in {directory / SKIPPED_FILE}: {_some(skipped)}"
-
-    def remember(self, faults: Mapping[int, Sequence[Fault]]) -> None:
-        """What the data set's index says of these samples now; kept in checkpoints."""
-        for fault in (fault for of_step in faults.values() for fault in of_step):
-            if fault.sample_id not in self.known:
-                rows = isinstance(self._store, IndexedStore)
-                self.known[fault.sample_id] = self._store.file_row(fault.sample_id) if rows else {}
+        return f"skipped, and listed in {path}: {_some(skipped)}"
 
     def stopped(self, step: int, faults: Sequence[Fault], directory: Path) -> UnusableImage:
         """The sentence with which a run stops that was saved before `step`."""
