@@ -136,6 +136,16 @@ def gradient_of(method: nn.Module, trained: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def cache_sentences(method: nn.Module, cached: bool) -> list[str]:
+    """What a user of a gradient cache may not expect of this network."""
+    if not cached or not has_batch_norm(method):
+        return []
+    return [
+        "gradient cache: this network's batch norm normalises each micro-batch by itself, so that "
+        "gradients are not those of the whole batch"
+    ]
+
+
 def has_batch_norm(method: nn.Module) -> bool:
     """Whether micro-batches are more than slices of the batch to a network of this method."""
     return any(isinstance(module, _BatchNorm) for module in method.modules())

@@ -30,7 +30,7 @@ from headrace.training.catalogue import find_method
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config, steps_between, total_steps
 from headrace.training.data_sets import census_of, largest_side_pixels, open_train
-from headrace.training.gradients import has_batch_norm
+from headrace.training.gradients import cache_sentences
 from headrace.training.guard import Guard, Signals, catch_signals
 from headrace.training.inputs import (
     feature_pass,
@@ -173,13 +173,8 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
         )
         if config.init:
             journal.say(f"--init {config.init}")
-        for sentence in validation.sentences:
+        for sentence in (*validation.sentences, *cache_sentences(method, run.gradient_cache)):
             journal.say(sentence)
-        if run.gradient_cache and has_batch_norm(method):
-            journal.say(
-                "gradient cache: this network's batch norm normalises each micro-batch by itself, "
-                "so that gradients are not those of the whole batch"
-            )
         batches = meters.timed(forever(loader))
         for step in range(start, steps):
             progress = Progress(step, steps, epoch_steps, run.seed)
