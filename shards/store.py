@@ -22,7 +22,7 @@ from headrace.shards.index import INDEX_FILE, RAW, Index, ShardError, read_index
 from headrace.shards.local import local_path
 from headrace.shards.manifest import MANIFEST_FILE, PARTS_DIRECTORY, read_manifest
 from headrace.shards.mapping import MappedFiles
-from headrace.shards.sources.layout import AS_FOUND, Choices, Layout
+from headrace.shards.sources.layout import AS_FOUND, Ambiguous, Choices, Layout
 from headrace.shards.sources.recognise import NothingFound, recognise
 from headrace.shards.sources.samples import FolderSamples
 from headrace.shards.sources.vocabulary import SPLITS
@@ -347,6 +347,10 @@ def _open_folder(path: Path, wanted: str | Sequence[str] | None, choices: Choice
     asked = (wanted,) if isinstance(wanted, str) else wanted
     try:
         recognised = recognise(path, asked, choices)
+    except Ambiguous as error:
+        raise ShardError(
+            f"{error} (options of make_shards, arguments of open_store; or point at a part of it)"
+        ) from error
     except NothingFound as error:
         shards = sorted(entry.name for entry in path.iterdir() if entry.suffix in _SHARD_ENDINGS)
         if not shards:

@@ -16,6 +16,7 @@ import numpy as np
 
 from headrace.shards.cores import usable_cores
 from headrace.shards.encode import check_decodes
+from headrace.shards.errors import printable
 from headrace.shards.index import RAW, Index, ShardError, content_hash, hash_file, read_index
 from headrace.shards.manifest import (
     MANIFEST_FILE,
@@ -175,5 +176,5 @@ def _check_sample(directory: Path, manifest: Manifest, index: Index, sample_id: 
 
 
 def _sample(directory: Path, index: Index, sample_id: int) -> str:
-    name = index.name(sample_id).encode("utf-8", "backslashreplace").decode()
+    name = printable(index.name(sample_id))
     return f"{directory}, sample {sample_id} ({name!r})"

@@ -470,7 +470,7 @@ def test_what_ends_otherwise_is_named_by_both(tmp_path: Path) -> None:
     [
         (classes(".", {str(n): "a" for n in range(11)}, 1), "'10' has label 2"),
         ({f"train\\a\\{i}.png": "d" for i in range(2)}, "every name holds a backslash"),
-        ({f"{d}/{c}/0.png": c for d in ("Art", "Clipart") for c in "abc"}, "has the same folders"),
+        ({f"{d}/{c}/0.png": c for d in ("Art", "Clipart") for c in "abc"}, "the images lie deeper"),
     ],
 )
 def test_what_may_surprise_is_noted(tmp_path: Path, images: dict[str, str], words: str) -> None:

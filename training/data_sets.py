@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from headrace.shards.errors import printable
 from headrace.shards.local import local_path
 from headrace.shards.sources.vocabulary import split_within
 from headrace.shards.store import (
@@ -57,4 +58,4 @@ def census_of(*stores: Store) -> list[str]:
         inner = store.store if isinstance(store, RenumberedStore) else store
         if isinstance(inner, IndexedStore):
             lines += [*inner.census, *(f"  note: {note}" for note in inner.notes)]
-    return lines
+    return [printable(line) for line in lines]

@@ -111,7 +111,8 @@ def _list_split(
         assert classes
         if max(labels, default=-1) >= len(classes):
             raise ShardError(
-                f"{origin}: labels must be from 0 to {len(classes) - 1}, or -1 for none"
+                f"{origin}: labels must be from 0 to {len(classes) - 1}, or -1 for none, as "
+                f"{len(classes)} classes have a name; the highest is {max(labels)}"
             )
         note = ""
     else:

@@ -22,7 +22,7 @@ from headrace.shards.sources.labels import (
     read_labels,
     unread_lists,
 )
-from headrace.shards.sources.layout import Choices, Place
+from headrace.shards.sources.layout import Ambiguous, Choices, Place
 from headrace.shards.sources.samples import FolderSamples, SourceSplit
 from headrace.shards.sources.vocabulary import (
     LIST_EXTENSIONS,
@@ -30,6 +30,7 @@ from headrace.shards.sources.vocabulary import (
     is_image,
     split_of,
     split_within,
+    splits_within,
 )
 from headrace.shards.sources.walk import Folder
 
@@ -63,6 +64,8 @@ def list_places(
             base = split.classes
         if chosen:
             splits.append(split)
+    if splits and not splits[0].name:
+        splits[0] = replace(splits[0], notes=(*splits[0].notes, *_lists_of_splits(tree)))
     if labels is not None and splits and not any(split.classes for split in splits):
         raise ShardError(f"{labels.path} names none of the images below {tree.path}")
     return splits
@@ -84,7 +87,7 @@ def _list_place(
         return by_list or replace(split, notes=(*split.notes, note))
     lone = place.kind == "classes" and len(place.folder.inner) == 1
     around = (*place.folder.inner, *around) if lone else around
-    lists = () if choices.layout in ("flat", "folders") else _known_lists(place, around)
+    lists = () if choices.layout in ("flat", "folders") else _known_lists(place, around, lone)
     if lone and lists:
         # One folder alone is hardly a class where a list gives its images labels.
         whole = replace(place, kind="flat", deep=True)
@@ -121,10 +124,31 @@ def _list_place(
     return replace(split, notes=notes)
 
 
-def _known_lists(place: Place, around: Sequence[Folder]) -> list[LabelList]:
-    """Lists that by their names belong to the split, as far as they are lists of labels."""
+def _lists_of_splits(tree: Folder) -> tuple[str, ...]:
+    """A note where a set without folders of splits has lists called like splits."""
+    named = [
+        os.path.join(folder.path, name)
+        for folder in tree.below()
+        for name in folder.others
+        if os.path.splitext(name)[1].lower() in (*LIST_EXTENSIONS, ".mat") and splits_within(name)
+    ]
+    if not named:
+        return ()
+    more = f" (and {len(named) - 1} more)" if len(named) > 1 else ""
+    return (
+        f"{named[0]}{more} may say which images are of which split, and is not read: all images "
+        "are one set",
+    )
+
+
+def _known_lists(place: Place, around: Sequence[Folder], lone: bool) -> list[LabelList]:
+    """Lists that by their names belong to the split, as far as they are lists of labels.
+
+    Beside class folders only those that are never lists of a split's names.
+    """
+    named = place.split or split_of(place.top.name) or ""
     lists: list[LabelList] = []
-    for path in find_lists(place.split or split_of(place.top.name) or "", around):
+    for path in find_lists(named if place.kind == "flat" or lone else "", around):
         try:
             lists.append(read_labels(path))
         except ShardError:
@@ -190,12 +214,12 @@ def _notes_of_classes(
     if empty:
         notes += (f"{len(empty)} class folder(s) hold no image, as {empty[0]!r}",)
     numbers = note_of_numbers([entry.id for entry in classes])
-    inside = {tuple(inner.name for inner in one.inner) for one in class_folders}
-    shared = next(iter(inside)) if len(inside) == 1 else ()
-    if len(shared) > 1 and len(class_folders) > 1 and not any(one.images for one in class_folders):
+    deeper = [inner.name for one in class_folders for inner in one.inner]
+    if len(deeper) > len(class_folders) > 1 and not any(one.images for one in class_folders):
         notes += (
-            f"every class folder has the same folders ({', '.join(shared[:4])}, ...): if those are "
-            "the classes, point at one folder above them",
+            f"the images lie deeper than the class folders ({class_folders[0].name}, ...): if the "
+            f"folders inside ({', '.join(sorted(set(deeper))[:4])}, ...) are the classes, point at "
+            "one folder above them, or give a list with --labels FILE",
         )
     return (*notes, numbers) if numbers else notes
 
@@ -229,7 +253,7 @@ def _labelled(
         numbers, classes, note = number_labels(known, base, str(found.path))
         if labelled is not None:
             if labelled.samples != replace(samples, labels=numbers):
-                raise ShardError(
+                raise Ambiguous(
                     f"{origin} and {found.path} give the same images other labels: --labels FILE "
                     "says which one counts"
                 )
@@ -250,7 +274,7 @@ def _refuse_other_classes(split: SourceSplit, found: LabelList) -> None:
     assert isinstance(samples, FolderSamples)
     labels = found.labels_of(samples.names, samples.directory)
     if None not in labels and not agree(labels, samples.labels):
-        raise ShardError(
+        raise Ambiguous(
             f"{samples.directory}: its folders and {found.path} divide the images differently: "
             f"--labels {found.path} takes the list, --layout folders the folders as classes"
         )

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ class LabelList:
             keys = (*_keys(os.path.join(inside, name)), *_keys(name))
             label = next((labels[key] for key in sorted(keys, key=_depth) if key in labels), None)
             if label is _CONFLICT:
-                raise ShardError(f"{self.path} gives {name!r} several labels")
+                raise ShardError(
+                    f"{self.path} gives {name!r} several labels: --labels FILE names another list, "
+                    "--layout flat does without labels"
+                )
             found.append(label)
         return found
 
@@ -171,10 +175,8 @@ def _from_rows(path: Path, rows: Sequence[Any]) -> list[tuple[str, str]]:
 
 
 def _from_table(path: Path, text: str) -> list[tuple[str, str]]:
-    lines = text.splitlines()
-    first = lines[0] if lines else ""
-    delimiter = max("\t,;", key=first.count)
-    rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
+    delimiter = max("\t,;", key=text.partition("\n")[0].count)
+    rows = [row for row in csv.reader(StringIO(text), delimiter=delimiter) if row]
     if not rows:
         return []
     if is_image(rows[0][0]):  # no line of column names

@@ -49,6 +49,10 @@ class Choices:
     classes: Path | None = None
 
 
+class Ambiguous(ShardError):
+    """A source that can be read in several ways; names them, and the options that decide."""
+
+
 AS_FOUND = Choices()
 """Nothing is said: the source explains itself."""
 
@@ -167,7 +171,7 @@ def _step(
     if photographs:
         if len(others) == 1:
             return photographs[0]
-        raise ShardError(
+        raise Ambiguous(
             f"{folder.path}: {_listed(photographs)} is called like a folder of all photographs, "
             f"and other images lie beside it ({_listed(_without(inner, photographs))}): --images "
             "DIR says which folder is meant, --layout folders that each is a class, --layout flat "
@@ -175,7 +179,7 @@ def _step(
         )
     for one in maps:
         if any(_pairs(one, other) for other in others):
-            raise ShardError(
+            raise Ambiguous(
                 f"{folder.path}: {one.name} looks like label maps of {_listed(others)}: --images "
                 "DIR names the folder of photographs, --layout folders makes each a class"
             )
@@ -190,7 +194,7 @@ def _with_loose_images(
         return "flat"
     inside = sum(one.images_below for one in others)
     if maps or len(folder.images) > inside:
-        raise ShardError(
+        raise Ambiguous(
             f"{folder.path} holds {len(folder.images)} images both loose (as {folder.images[0]!r}) "
             f"and {inside} in folders ({_listed(others)}): --layout folders takes the folders as "
             "classes and leaves the loose ones, --layout flat takes all of them without classes"
@@ -222,7 +226,7 @@ def find_splits(folder: Folder, layout: Layout = "auto") -> dict[str, Folder]:
     for one in (*named, *worded):
         name = split_of(one.name) or split_within(one.name) or ""
         if name in splits:
-            raise ShardError(
+            raise Ambiguous(
                 f"{folder.path}: {splits[name].name} and {one.name} are both a {name} split: point "
                 "at one of them, or --layout folders makes each folder a class"
             )
@@ -244,9 +248,9 @@ def _worded_splits(
     return True
 
 
-def _either(folder: Folder, named: Sequence[Folder], rest: Sequence[Folder]) -> ShardError:
+def _either(folder: Folder, named: Sequence[Folder], rest: Sequence[Folder]) -> Ambiguous:
     beside = f" beside {_listed(rest)}" if rest else ""
-    return ShardError(
+    return Ambiguous(
         f"{folder.path}: {_listed(named)}{beside} can be splits or classes: --layout splits "
         "takes what is called like a split as one, --layout folders takes each folder as a class"
     )
@@ -257,7 +261,7 @@ def _refuse_several_sets(folder: Folder) -> None:
     if sets:
         beside = _without(folder.inner, sets)
         more = f", and {_listed(beside)} beside them hold images" if beside else ""
-        raise ShardError(
+        raise Ambiguous(
             f"{folder.path} holds more than one data set: {_listed(sets)} have splits of their own"
             f"{more}: point at one of them, --images DIR names it, --layout folders makes each a "
             "class"

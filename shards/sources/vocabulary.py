@@ -36,8 +36,9 @@ _PHOTOGRAPH_WORDS = _words_of(
 )
 _CONTAINER_WORDS = _PHOTOGRAPH_WORDS | {"data", "dataset", "files", "all", "raw", "frames"}
 _MAP_WORDS = _words_of(
-    "mask masks label labels labelmap labelmaps annotation annotations segmentation segmentations "
-    "trimap trimaps groundtruth truth gt depth depths disparity panoptic semantic"
+    "mask masks label labels labelmap labelmaps annotation annotations annot annos segmentation "
+    "segmentations segs trimap trimaps groundtruth truth gt gts depth depths disparity panoptic "
+    "semantic"
 )
 _BESIDE_MAP_WORDS = _PHOTOGRAPH_WORDS | _words_of(
     "ground class object aug fine coarse ids color binary instance instances map maps left "
@@ -66,9 +67,14 @@ def split_of(name: str) -> str | None:
     return SPLIT_NAMES.get(name.lower())
 
 
+def splits_within(name: str) -> set[str]:
+    """The splits that the words of a name mean."""
+    return {SPLIT_NAMES[word] for word in words(name) if word in SPLIT_NAMES}
+
+
 def split_within(name: str) -> str | None:
     """The one split that the words of a name mean: `train2017`, `seg_train`, `test1`."""
-    meant = {SPLIT_NAMES[word] for word in words(name) if word in SPLIT_NAMES}
+    meant = splits_within(name)
     return meant.pop() if len(meant) == 1 else None
 
 
