@@ -262,6 +262,31 @@ CASES = {
     "loose images beside classes": Case(
         classes("x", ABC) | {"x/overview.png": "d"}, {"": tuple("abc")}, unused=1
     ),
+    "splits of one word beside many other folders": Case(
+        flat("bounding_box_train", "dd")
+        | flat("bounding_box_test", "d")
+        | flat("query", "d")
+        | flat("gt_query", "d")
+        | flat("distractors", "d"),
+        {"train": (), "test": ()},
+        unused=3,
+    ),
+    "a folder of val that was emptied": Case(
+        classes("train", ABC) | classes("val", ABC),
+        {"train": tuple("abc"), "val": tuple("abc")},
+        {"val/images/readme.txt": "", "train/images/readme.txt": ""},
+    ),
+    "--layout splits, also inside of them": Case(
+        {
+            f"{split}/{kind}/{i}.png": colour
+            for split in ("train", "val")
+            for i in (0, 1)
+            for kind, colour in (("photos", "a"), ("drawings", "b"))
+        },
+        {"train": ("drawings", "photos"), "val": ("drawings", "photos")},
+        names={"photos": "a", "drawings": "b"},
+        choices=Choices(layout="splits"),
+    ),
     "--layout splits": Case(
         classes("train", ABC) | classes("extra", {"z": "d"}),
         {"train": tuple("abc")},
@@ -332,6 +357,13 @@ REFUSED = {
         {f"{name}/2020/{i}.png": "d" for name in ("bus", "train") for i in (0, 1)},
         r"train/ beside bus/ can be splits or classes: --layout splits .*--layout folders",
     ),
+    "a split or a class, both flat": (
+        flat("train", "dd") | flat("sample", "dd"), "train/ beside sample/ can be splits or classes"
+    ),
+    "a folder of all photographs inside of a split": (
+        classes("train", {"photos": "a", "drawings": "b"}) | classes("val", {"photos": "a"}),
+        "photos/ is called like .*--layout splits makes each folder a class"
+    ),
     "words of splits that share nothing": (
         classes(".", {"bullet_train": "a", "test_tube": "b"}),
         "bullet_train/, test_tube/ can be splits or classes",
@@ -349,13 +381,13 @@ REFUSED = {
         "set/ have splits of their own, and more/",
     ),
     "photographs and something else": (
-        flat("images", "d") | flat("crops", "d"), r"images/ is called like .*crops/.*--images DIR"
+        flat("images", "d") | flat("crops", "d"), r"images/ is called like .*crops/: --images DIR"
     ),
     "maps of the pictures beside them": (
-        flat("scans", "dd") | flat("masks", "dd"), "masks looks like label maps of scans/"
+        flat("scans", "dd") | flat("masks", "dd"), "masks/ looks like label maps of scans/"
     ),
     "more loose images than in folders": (
-        flat(".", "ddd") | flat("y", "d"), "3 images both loose .*--layout folders"
+        flat(".", "ddd") | flat("y", "d"), r"both loose \(3, as .*--layout folders"
     ),
     "a class that train lacks": (
         classes("train", ABC) | classes("val", {"z": "d"}), "folder.* that train lacks, as 'z'"
@@ -441,12 +473,14 @@ def test_links_in_a_circle_are_refused_by_both(tmp_path: Path) -> None:
 
 def test_links_that_lead_nowhere_are_named_together(tmp_path: Path) -> None:
     root = plant(tmp_path / "root", classes("train", ABC) | classes("val", ABC), {})
-    for name in ("train/a/7.png", "train/b/8.png", "train/z"):
+    for name in ("train/a/7.png", "train/b/8.png", "train/z", "test"):
         (root / name).symlink_to("/nowhere/at/all")
     for look in (list_source, open_store):
         with pytest.raises(ShardError, match=r"3 link\(s\) lead nowhere: .*z, .*7\.png, .*8\.png"):
             look(root, "train")
         look(root, "val")
+    with pytest.raises(ShardError, match=r"1 link\(s\) lead nowhere: .*test"):
+        list_source(root)
 
 
 # ---------------------------------------------------------------- names
@@ -489,6 +523,7 @@ def test_what_may_surprise_is_noted(tmp_path: Path, images: dict[str, str], word
         ("l.csv", "id;class\n0;a\n1;b\n"),
         ("l.tsv", "0.png\ta\n1.png\tb\n"),
         ("l.txt", "# a comment\nimages/0.png a 1\nimages/1.png b 2\n"),
+        ("l.csv", 'id,label,text\n0,a,"two\nlines"\n1,b,x\n'),
         ("l.json", '{"0.png": "a", "1.png": "b"}'),
         ("l.json", '{"labels": [["images/0.png", "a"], ["images/1.png", "b"]]}'),
         ("l.jsonl", '\ufeff{"file_name": "./0.png", "label": "a"}\n{"file_name": "1.png", '
@@ -514,6 +549,7 @@ def test_labels_from_a_list(tmp_path: Path, name: str, text: str) -> None:
         ("l.csv", "width,height\n1,2\n", "has the columns width, height"),
         ("l.txt", "0.png\n", "line 1: '0.png' is no name with a label"),
         ("l.json", "[1]", "expected .*file_name"),
+        ("l.csv", "id,target\n0,0.25\n1,3.5\n", "labels are fractions, such as 0.25"),
         ("l.xml", "<a/>", "must end in one of"),
     ],
 )

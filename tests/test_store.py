@@ -467,7 +467,7 @@ def test_folder_with_splits(tmp_path: Path) -> None:
         ({"x.zip": b"x"}, "x.zip", r"x.zip is packed.* unpack it \(unzip x.zip\)"),
         ({"x.tar": b"not a tar" * 100}, "x.tar", "not a whole, uncompressed tar"),
         ({"x.beton": b"x"}, "x.beton", "not a whole .beton file"),
-        ({"a.jpg": b"x", "b.jpg": b"", "dog/b.jpg": b"y"}, "", "both loose .* in folders"),
+        ({"a.jpg": b"x", "b.jpg": b"", "dog/b.jpg": b"y"}, "", "both loose .*--layout folders"),
     ],
 )
 def test_what_is_not_recognised(tmp_path: Path, files, uri: str, words: str) -> None:

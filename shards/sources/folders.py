@@ -53,19 +53,21 @@ def list_places(
     base = None if choices.classes is None else read_classes(choices.classes)
     labels = None if choices.labels is None else read_labels(choices.labels)
     splits: list[SourceSplit] = []
+    _refuse_dangling_splits(tree, places, wanted)
     for place in places:
         chosen = wanted is None or place.split in wanted
         if not chosen and place.split != "train":
             continue
         if chosen:
-            _refuse_dangling(tree, place)
+            _refuse_dangling(place)
         split = _list_place(tree, place, base, facts, labels, choices)
         if place.split == "train" and split.classes:
             base = split.classes
         if chosen:
             splits.append(split)
-    if splits and not splits[0].name:
-        splits[0] = replace(splits[0], notes=(*splits[0].notes, *_lists_of_splits(tree)))
+    if splits:
+        notes = _empty_splits(tree, places) if splits[0].name else _lists_of_splits(tree)
+        splits[0] = replace(splits[0], notes=(*splits[0].notes, *notes))
     if labels is not None and splits and not any(split.classes for split in splits):
         raise ShardError(f"{labels.path} names none of the images below {tree.path}")
     return splits
@@ -124,6 +126,17 @@ def _list_place(
     return replace(split, notes=notes)
 
 
+def _empty_splits(tree: Folder, places: Sequence[Place]) -> tuple[str, ...]:
+    """A note on folders beside splits that are called like one and hold no image."""
+    around = {f.path: f for place in places for f in tree.chain_to(place.top)[-2:-1]}
+    return tuple(
+        f"{inner.path} is called like a split and holds no image"
+        for folder in around.values()
+        for inner in folder.folders
+        if split_of(inner.name) and not inner.images_below
+    )
+
+
 def _lists_of_splits(tree: Folder) -> tuple[str, ...]:
     """A note where a set without folders of splits has lists called like splits."""
     named = [
@@ -180,7 +193,8 @@ def _classes(place: Place, base: tuple[ClassName, ...] | None, facts: ImageNetFa
     else:
         classes = base
     label_of = {entry.id: label for label, entry in enumerate(classes)}
-    unknown = [id_ for id_ in ids if id_ not in label_of]
+    filled = {one.name for one in folder.inner}
+    unknown = [id_ for id_ in ids if id_ not in label_of and id_ in filled]
     if unknown:
         raise ShardError(
             f"{folder.path} has {len(unknown)} class folder(s) that train lacks, as {unknown[0]!r}:"
@@ -280,14 +294,24 @@ def _refuse_other_classes(split: SourceSplit, found: LabelList) -> None:
         )
 
 
-def _refuse_dangling(tree: Folder, place: Place) -> None:
-    """Links that lead nowhere where a split, a class or an image would be."""
+def _refuse_dangling_splits(
+    tree: Folder, places: Sequence[Place], wanted: Sequence[str] | None
+) -> None:
+    """Links that lead nowhere beside splits, where they would be one that is wanted."""
+    around = {folder.path: folder for place in places for folder in tree.chain_to(place.top)}
     nowhere = [
         os.path.join(folder.path, name)
-        for folder in tree.chain_to(place.folder)[:-1]
+        for folder in around.values()
         for name in folder.dangling
-        if split_of(name) or split_within(name) == place.split
+        if (split := split_within(name)) and (wanted is None or split in wanted)
     ]
+    if nowhere:
+        raise _lead_nowhere(nowhere)
+
+
+def _refuse_dangling(place: Place) -> None:
+    """Links that lead nowhere where a class or an image would be."""
+    nowhere: list[str] = []
     if place.kind == "classes":
         nowhere += [
             os.path.join(place.folder.path, name)

@@ -142,7 +142,19 @@ def read_labels(path: Path) -> LabelList:
         raise ShardError(f"{path} cannot be read as a list of labels: {error}") from error
     if not entries:
         raise ShardError(f"{path} lists no image")
-    return LabelList(path, tuple(entries))
+    return LabelList(path, tuple(_without_fractions(path, entries)))
+
+
+def _without_fractions(path: Path, entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Numbers that were written with a point (`3.0`, as a table with gaps has them) as integers."""
+    fractions = [label for _, label in entries if re.fullmatch(r"-?\d*\.\d+", label)]
+    if not fractions:
+        return entries
+    broken = next((label for label in fractions if float(label) % 1), None)
+    if broken is not None:
+        raise ShardError(f"{path}: labels are fractions, such as {broken}, and so no classes")
+    whole = set(fractions)
+    return [(name, str(int(float(label))) if label in whole else label) for name, label in entries]
 
 
 def _from_json(path: Path, value: Any) -> list[tuple[str, str]]:

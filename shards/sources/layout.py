@@ -28,6 +28,7 @@ from headrace.shards.sources.walk import Folder
 Layout = Literal["auto", "splits", "folders", "flat"]
 _SETS_DEPTH = 4
 _NAMED = 6
+_LOOSE_PART = 10  # loose images are left aside where they are at most one in so many
 _MAP_SUFFIX = re.compile(
     r"[_-](mask|masks|seg|segmentation|gt|label|labels|trimap)([_-].*)?$", re.I
 )
@@ -80,7 +81,7 @@ class Place:
         return tuple(
             folder.name
             for folder in self.folder.folders
-            if folder.images_below or not is_facts(folder.name)
+            if folder.images_below or not (is_facts(folder.name) or is_photographs(folder.name))
         )
 
 
@@ -158,55 +159,58 @@ def _step(
         return "flat"
     if layout == "folders":
         return lone if lone and not lone.images and not folder.images else "classes"
-    maps = [one for one in inner if is_maps(one.name)]
-    others = _without(inner, maps)
-    if folder.images:
-        return _with_loose_images(folder, maps, others)
-    if known and {one.name for one in inner} <= known:
+    if not folder.images and known and {one.name for one in inner} <= known:
         return "classes"
-    if lone:
+    if lone and not folder.images:
         holds_all = is_container(lone.name, folder.name) or len(lone.inner) > 1
         return lone if holds_all or (top and not lone.images) else "classes"
-    photographs = [one for one in others if is_photographs(one.name)]
-    if photographs:
-        if len(others) == 1:
-            return photographs[0]
-        raise Ambiguous(
-            f"{folder.path}: {_listed(photographs)} is called like a folder of all photographs, "
-            f"and other images lie beside it ({_listed(_without(inner, photographs))}): --images "
-            "DIR says which folder is meant, --layout folders that each is a class, --layout flat "
-            "that all images count"
-        )
-    for one in maps:
-        if any(_pairs(one, other) for other in others):
-            raise Ambiguous(
-                f"{folder.path}: {one.name} looks like label maps of {_listed(others)}: --images "
-                "DIR names the folder of photographs, --layout folders makes each a class"
-            )
-    return "classes"
-
-
-def _with_loose_images(
-    folder: Folder, maps: Sequence[Folder], others: Sequence[Folder]
-) -> Literal["classes", "flat"]:
-    """A folder with images of its own, and folders with images."""
-    if not others:
+    maps = [one for one in inner if is_maps(one.name)]
+    others = _without(inner, maps)
+    if folder.images and not others:
         return "flat"
-    inside = sum(one.images_below for one in others)
-    if maps or len(folder.images) > inside:
+    photographs = [one for one in others if is_photographs(one.name)]
+    if photographs and len(others) == 1 and not folder.images:
+        return photographs[0]
+    doubt = _doubt(folder, maps, others, photographs)
+    # Within a split, who says that splits are splits says that the folders inside are classes.
+    if doubt is not None and (top or layout != "splits"):
+        classes = "--layout folders" if top else "--layout splits"
         raise Ambiguous(
-            f"{folder.path} holds {len(folder.images)} images both loose (as {folder.images[0]!r}) "
-            f"and {inside} in folders ({_listed(others)}): --layout folders takes the folders as "
-            "classes and leaves the loose ones, --layout flat takes all of them without classes"
+            f"{folder.path}: {doubt}: --images DIR names the folder of photographs, {classes} "
+            "makes each folder a class, --layout flat takes all images without classes"
         )
     return "classes"
+
+
+def _doubt(
+    folder: Folder,
+    maps: Sequence[Folder],
+    others: Sequence[Folder],
+    photographs: Sequence[Folder],
+) -> str | None:
+    """Why the folders inside may be no classes."""
+    loose, inside = len(folder.images), sum(one.images_below for one in others)
+    if loose and (maps or (loose > 1 and (len(others) == 1 or loose * _LOOSE_PART > inside))):
+        return (
+            f"images lie both loose ({loose}, as {folder.images[0]!r}) and in folders "
+            f"({inside}, in {_listed(others)})"
+        )
+    if len(photographs) > 1:
+        return f"{_listed(photographs)} are each called like a folder of all photographs"
+    if photographs:
+        return (
+            f"{_listed(photographs)} is called like a folder of all photographs, and other images "
+            f"lie beside it, in {_listed(_without(folder.inner, photographs))}"
+        )
+    paired = [one for one in maps if any(_pairs(one, other) for other in others)]
+    return f"{_listed(paired)} looks like label maps of {_listed(others)}" if paired else None
 
 
 def find_splits(folder: Folder, layout: Layout = "auto") -> dict[str, Folder]:
     """Split name -> folder; {} if the folders inside are no splits.
 
-    A class may be called "train" too. It is one if it holds images itself, and so does a neighbour
-    that is not named like a split. Words in names (`train2017`, `seg_test`) count where several
+    A class may be called "train" too. It is one if it holds images itself, and so do neighbours
+    that are not named like a split. Words in names (`train2017`, `seg_test`) count where several
     folders have them. Raises `ShardError` where both readings are likely.
     """
     if layout in ("folders", "flat"):
@@ -219,7 +223,8 @@ def find_splits(folder: Folder, layout: Layout = "auto") -> dict[str, Folder]:
     if not named and not _worded_splits(folder, worded, rest, layout):
         return {}
     if layout == "auto" and len(exact) == 1 and rest:
-        if not worded and named[0].images and any(one.images for one in rest):
+        direct = named[0].images and sum(bool(one.images) for one in rest) > 1
+        if exact == {"train"} and direct and not worded:
             return {}
         raise _either(folder, [*named, *worded], rest)
     splits: dict[str, Folder] = {}
@@ -241,18 +246,21 @@ def _worded_splits(
     meant = {split_within(one.name) for one in worded}
     if layout == "splits" or (len(worded) == 1 and not rest):
         return bool(worded)
-    if len(meant) < 2 or len(rest) > len(worded):
+    if len(meant) < 2:
         return False
-    if len({without_split(one.name) for one in worded}) > 1:
+    if len({without_split(one.name) for one in worded}) == 1:
+        return True
+    if len(rest) <= len(worded):
         raise _either(folder, worded, rest)
-    return True
+    return False
 
 
 def _either(folder: Folder, named: Sequence[Folder], rest: Sequence[Folder]) -> Ambiguous:
     beside = f" beside {_listed(rest)}" if rest else ""
     return Ambiguous(
         f"{folder.path}: {_listed(named)}{beside} can be splits or classes: --layout splits "
-        "takes what is called like a split as one, --layout folders takes each folder as a class"
+        "takes what is called like a split as one, --layout folders takes each folder as a class; "
+        "or point at one of them"
     )
 
 

@@ -83,10 +83,10 @@ def _walk(path: str, name: str, around: tuple[str, ...]) -> Folder:
                 inner.append(
                     (entry.name, _real_link(entry, around) if entry.is_symlink() else real)
                 )
+            elif entry.is_file():
+                (images if is_image(entry.name) else others).append(entry.name)
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 dangling.append(entry.name)
-            else:
-                (images if is_image(entry.name) else others).append(entry.name)
     folders = tuple(
         _walk(os.path.join(path, inner_name), inner_name, (*around, real))
         for inner_name, real in sorted(inner)
