@@ -90,7 +90,9 @@ class Run:
     """auto: continue where the checkpoint in the run's directory stands."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on CUDA, fp32 elsewhere."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: cuda where there is one, else cpu. mps: Apple's GPU, one process; what needs float64
+    cannot run there. Written without one at hand."""
     accumulate: int = 1
     """Micro-batches per optimiser step."""
     gradient_cache: bool = False

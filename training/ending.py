@@ -24,14 +24,20 @@ def run_and_exit(main: Callable[[Sequence[str]], int]) -> NoReturn:
         code, message = 2, str(error)
     except BrokenPipeError:  # `| head` has seen enough; Python would complain once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        if {"-h", "--help"}.intersection(sys.argv):
+            sys.exit(0)
+        code, message = 1, "what read the output has ended, and so does this"
     except OSError as error:
         code, message = 1, str(error)  # a full disk, a vanished mount
-    except RuntimeError as error:
-        if not _lost_a_rank(error):
+    except (RuntimeError, TypeError) as error:
+        if "MPS" in str(error) and "float64" in str(error):
+            code = 2
+            message = "this needs float64, which Apple's GPUs have not: take --run.device cpu"
+        elif _lost_a_rank(error):
+            code, message = 1, "another rank has ended; its own message says why"
+            time.sleep(_HEAD_START_SECONDS)
+        else:
             raise
-        code, message = 1, "another rank has ended; its own message says why"
-        time.sleep(_HEAD_START_SECONDS)
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     else:
@@ -47,7 +53,7 @@ def run_and_exit(main: Callable[[Sequence[str]], int]) -> NoReturn:
     sys.exit(code)
 
 
-def _lost_a_rank(error: RuntimeError) -> bool:
+def _lost_a_rank(error: Exception) -> bool:
     """gloo and NCCL raise where the other side of a collective went away."""
     text = str(error)
     return "gloo" in text or "NCCL" in text or "Connection closed by peer" in text

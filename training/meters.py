@@ -29,6 +29,8 @@ class Meters:
 
     def __init__(self, world: World, batch_size: int, state: Mapping[str, Any] | None) -> None:
         self._world, self._batch_size = world, batch_size
+        # Apple's GPUs have no float64.
+        self._dtype = torch.float32 if world.device.type == "mps" else torch.float64
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         if state is not None:
@@ -39,7 +41,7 @@ class Meters:
         self._restart()
 
     def _scalar(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=self._world.device)
+        return torch.tensor(value, dtype=self._dtype, device=self._world.device)
 
     def _restart(self) -> None:
         self._interval_started = time.perf_counter()
@@ -79,7 +81,7 @@ class Meters:
         """An optimiser step is done. entries: its scalars, each counted as often as it is there;
         the same names on every rank."""
         for name, value in (item for scalars in entries for item in scalars.items()):
-            addend = value.detach().double()
+            addend = value.detach().to(self._dtype)
             self._sums[name] = self._sums[name] + addend if name in self._sums else addend
             self._counts[name] = self._counts.get(name, 0) + 1
         self._steps += 1
@@ -113,7 +115,7 @@ class Meters:
         }
         wall = time.perf_counter() - self._interval_started - self._paused_seconds
         idle = sum(before.elapsed_time(after) for before, after in self._events) / 1000
-        shares = torch.tensor([self._wait_seconds / wall, idle / wall], dtype=torch.float64)
+        shares = torch.tensor([self._wait_seconds / wall, idle / wall], dtype=self._dtype)
         waited, idled = mean_over_ranks(shares.to(self._world.device)).tolist()
         record["images_per_second"] = round(self._steps * self._batch_size / wall, 2)
         record["wait_share"] = round(waited, 4)

@@ -38,13 +38,15 @@ class World:
 
 
 @contextmanager
-def join(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[World]:
+def join(device: Literal["auto", "cpu", "cuda", "mps"] = "auto") -> Iterator[World]:
     """This process's World: NCCL between GPUs, gloo between CPUs, nothing for one process.
 
     Raises WorldError where the device is missing.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise WorldError("--run.device is cuda, and this machine has no CUDA device")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise WorldError("--run.device is mps, and torch finds no GPU of Apple's here")
     kind = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     environment = os.environ
     rank, size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
@@ -57,7 +59,9 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[World]:
                 f"rank {local_rank}: start fewer processes, or take --run.device cpu"
             )
         torch.cuda.set_device(local_rank)
-    at = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "mps" and size > 1:
+        raise WorldError(f"--run.device is mps, which has one process, and there are {size}")
+    at = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
     world = World(rank, size, local_rank, local_size, at)
     if "LOCAL_RANK" in environment:
         _end_with_launcher()
