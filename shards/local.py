@@ -2,6 +2,7 @@
 
 import os
 import re
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from headrace.shards.index import ShardError
@@ -20,3 +21,12 @@ def local_path(given: str | os.PathLike[str]) -> Path:
             f"first, or mount it, and name the directory"
         )
     return Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def local(text: str) -> Path:
+    """A path as argparse's `type`: as given, ~ expanded, refused where `local_path` does."""
+    try:
+        local_path(text)
+    except ShardError as error:
+        raise ArgumentTypeError(str(error)) from error
+    return Path(text).expanduser()

@@ -80,6 +80,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("tools/make_shards.py --help", 0, "SRC is recognised by looking"),
         ("tools/make_shards.py /nowhere", 2, "error: "),
         ("tools/verify_shards.py /nowhere", 2, "error: "),
+        ("training/evaluate.py runs/x --json gs://bucket/y", 2, "gs://bucket/y is an address"),
     ],
 )
 def test_help_and_mistakes_do_not_wait_for_torch(command: str, code: int, said: str) -> None:
@@ -92,6 +93,17 @@ def test_help_and_mistakes_do_not_wait_for_torch(command: str, code: int, said: 
     loaded = set(ast.literal_eval(ended.stdout.rpartition("loaded:")[2].strip()))
     assert "headrace" in loaded
     assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize("tool", ["make_shards", "sample_data", "plot_run"])
+def test_no_tool_takes_an_address_for_a_folder(tool: str, tmp_path: Path) -> None:
+    """Written to, `gs:` would be a folder here, and nothing would have reached the bucket."""
+    first = "photos" if tool == "sample_data" else "."
+    line = [ROOT / f"tools/{tool}.py", first, "--out", "gs://bucket/y"]
+    ended = script(*line, directory=tmp_path)
+    assert ended.returncode == 2
+    assert "gs://bucket/y is an address" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_make_shards_never_loads_torch(photos: Path, tmp_path: Path) -> None:

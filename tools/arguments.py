@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from headrace.shards.local import local
+
 Value = TypeVar("Value")
 Name = TypeVar("Name", bound=str)
 
@@ -67,6 +69,7 @@ def some_of(available: Sequence[Name]) -> Callable[[str], list[Name]]:
 
 def png(text: str) -> Path:
     """The name of a picture to write."""
+    local(text)
     if Path(text).suffix.lower() != ".png":
         raise ArgumentTypeError(f"{text!r} does not end in .png, and a PNG is what is written")
     return Path(text)

@@ -27,6 +27,7 @@ import numpy as np
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import usable_cores
 from headrace.shards.errors import UserError
+from headrace.shards.local import local
 from headrace.shards.store import split_names
 from headrace.tools.arguments import positive, several, whole
 from headrace.tools.bench.methods.job import (
@@ -110,14 +111,14 @@ examples:
     )
     parser.add_argument("--preset", default="cifar", help="of every method; default: cifar")
     parser.add_argument(
-        "--data", type=Path, default=ROOT / "data/cifar10", help="default: data/cifar10"
+        "--data", type=local, default=ROOT / "data/cifar10", help="default: data/cifar10"
     )
     parser.add_argument(
-        "--runs", type=Path, default=ROOT / "runs/methods", help="default: runs/methods"
+        "--runs", type=local, default=ROOT / "runs/methods", help="default: runs/methods"
     )
     parser.add_argument(
         "--json",
-        type=Path,
+        type=local,
         default=_default_file(),
         metavar="FILE",
         help="rows; default: the newest tools/benchmarks/*-methods.jsonl, else one of today",

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import usable_cores
 from headrace.shards.errors import UserError
+from headrace.shards.local import local
 from headrace.shards.store import open_store
 from headrace.tools.arguments import decimal, png, positive, several, some_of
 from headrace.tools.bench.pipeline.data import describe, make_forms, whole_batches
@@ -102,7 +103,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--data",
         metavar="DIR",
-        type=Path,
+        type=local,
         required=True,
         help="anything that make_shards wrote (of splits, train), .beton, tars or class folders",
     )
@@ -114,7 +115,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=[name for name in engines if name != "reference"],
         help="default: all but reference",
     )
-    add("--json", metavar="FILE", type=Path, help="write results, a JSON line per row")
+    add("--json", metavar="FILE", type=local, help="write results, a JSON line per row")
     add("--append", action="store_true", help="keep the lines that --json has already")
     add("--plot", metavar="FILE", type=png, help="draw results as bars, a PNG")
     add(
@@ -155,7 +156,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--scratch",
         metavar="DIR",
-        type=Path,
+        type=local,
         help="put the peers' copies of the images there; default: the temporary directory",
     )
     options = parser.parse_args(arguments)

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import usable_cores
 from headrace.shards.errors import UserError
+from headrace.shards.local import local
 from headrace.shards.store import open_store
 from headrace.tools.arguments import decimal, positive
 from headrace.tools.bench.machine import machine, memory_bytes
@@ -122,7 +123,7 @@ examples:
         help="cold: drop the data from the page cache before each start; auto: if the data exceed "
         "half of the memory",
     )
-    parser.add_argument("--json", type=Path, help="store everything here, as one line of JSON")
+    parser.add_argument("--json", type=local, help="store everything here, as one line of JSON")
     return parser
 
 

@@ -18,7 +18,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +35,7 @@ from headrace.pipelines.ops import resized_shape
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.errors import UserError
 from headrace.shards.index import ShardError
+from headrace.shards.local import local
 from headrace.shards.pixels import decode_rgb
 from headrace.shards.store import Store
 from headrace.tools.arguments import some_of, whole
@@ -110,7 +110,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   python tools/compare_engines.py --data data/photos --engine fused --recipe none""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", type=Path, help="data set; by default ./data's only one")
+    parser.add_argument("--data", type=local, help="data set; by default ./data's only one")
     parser.add_argument(
         "--engine", type=some_of(COMPARED), default=COMPARED, help="fused,dali or one"
     )
@@ -125,7 +125,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=whole(4), default=44, help="photographs, 4 or more")
     parser.add_argument("--seed", type=int, default=0, help="of the Plan")
     parser.add_argument("--threads", type=int, default=2, help="host threads of each engine")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append a line per comparison")
+    parser.add_argument("--json", type=local, metavar="FILE", help="append a line per comparison")
     parser.add_argument("--markdown", action="store_true", help="print the README's table")
     return parser.parse_args(arguments)
 

@@ -34,6 +34,7 @@ from headrace.shards.component_writer import ComponentWriter, begin_component
 from headrace.shards.cores import usable_cores
 from headrace.shards.errors import UserError
 from headrace.shards.index import ShardError, read_index
+from headrace.shards.local import local
 from headrace.shards.manifest import Manifest
 from headrace.shards.parts import Note
 from headrace.shards.progress import progress_bar
@@ -143,7 +144,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("data", metavar="DATA", type=Path, help="a data set, or its root with splits")
+    add("data", metavar="DATA", type=local, help="a data set, or its root with splits")
     add("--split", default="train", help="of a root with splits; default: %(default)s")
     add("--name", type=_name, default="saliency", help="of the component; default: %(default)s")
     add("--preview", action="store_true", help="stop after the contact sheet, before the masks")

@@ -12,6 +12,7 @@ from headrace.shards.convert import REPORT_FILE, Conversion, ConvertOptions, con
 from headrace.shards.cores import usable_cores
 from headrace.shards.encode import EncodeOptions
 from headrace.shards.errors import UserError
+from headrace.shards.local import local
 from headrace.shards.manifest import Format
 from headrace.shards.sources import (
     SourceSplit,
@@ -106,8 +107,18 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("src", metavar="SRC", type=Path, help="a directory, or a .npz, .parquet or ImageNet .tar")
-    add("--out", metavar="DIR", type=Path, help="default: data/<name of SRC>; splits go below it")
+    add(
+        "src",
+        metavar="SRC",
+        type=local,
+        help="a directory, or a .npz, .parquet or ImageNet .tar",
+    )
+    add(
+        "--out",
+        metavar="DIR",
+        type=local,
+        help="default: data/<name of SRC>; splits go below it",
+    )
     add("--format", choices=get_args(Format), default="webdataset", help="default: %(default)s")
     add("--max-side", metavar="N", type=int, help="shrink so that the longest side has N pixels")
     add("--quality", metavar="Q", type=int, help="write every image as JPEG of this quality")
@@ -122,8 +133,18 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "every folder is a class, or all images are without classes",
     )
     add("--images", metavar="DIR", help="the folder of photographs, below SRC or below each split")
-    add("--labels", metavar="FILE", type=Path, help="names and labels: csv, tsv, txt, json, jsonl")
-    add("--classes", metavar="FILE", type=Path, help="class names in the order of their labels")
+    add(
+        "--labels",
+        metavar="FILE",
+        type=local,
+        help="names and labels: csv, tsv, txt, json, jsonl",
+    )
+    add(
+        "--classes",
+        metavar="FILE",
+        type=local,
+        help="class names in the order of their labels",
+    )
     add("--strict", action="store_true", help="refuse to finish if an image had to be left out")
     add(
         "--shard-megabytes",

@@ -23,6 +23,7 @@ from headrace.pipelines.engines import finishes
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.atomic import atomic_file
 from headrace.shards.errors import UserError
+from headrace.shards.local import local
 from headrace.tools.bench.methods.rows import is_pixels, table, verdicts
 from headrace.tools.result_tables import Line, agreement_table, markdown, number
 
@@ -446,7 +447,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--page",
-        type=Path,
+        type=local,
         action="append",
         metavar="FILE",
         help="one page, may be repeated; by default all: "
@@ -455,7 +456,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for kind, tool in TOOLS.items():
         parser.add_argument(
             f"--{kind}",
-            type=Path,
+            type=local,
             default=_newest(kind),
             metavar="FILE",
             help=f"JSON lines of {tool}; by default the newest in tools/benchmarks",

@@ -25,6 +25,7 @@ from matplotlib.ticker import MaxNLocator
 
 from headrace.shards.atomic import atomic_file
 from headrace.shards.errors import UserError
+from headrace.shards.local import local
 from headrace.training.preset import ConfigError
 from headrace.training.run.record import Record, read_metrics, read_record
 
@@ -48,10 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
   python tools/plot_run.py runs/dino --knn early.json late.json --out curves.png""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="the run's directory")
-    parser.add_argument("--out", type=Path, help="the PNG file; by default RUN/curves.png")
+    parser.add_argument("run", type=local, help="the run's directory")
+    parser.add_argument("--out", type=local, help="the PNG file; by default RUN/curves.png")
     parser.add_argument(
-        "--knn", type=Path, nargs="*", help="evaluate.py's results; by default RUN/knn*.json"
+        "--knn",
+        type=local,
+        nargs="*",
+        help="evaluate.py's results; by default RUN/knn*.json",
     )
     options = parser.parse_args(arguments)
     out: Path = options.out or options.run / "curves.png"

@@ -27,6 +27,7 @@ from PIL import Image, UnidentifiedImageError
 from headrace.shards.atomic import atomic_file
 from headrace.shards.errors import UserError
 from headrace.shards.index import hash_file
+from headrace.shards.local import local
 from headrace.shards.progress import progress_bar
 
 DESCRIPTION = """\
@@ -100,8 +101,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("what", choices=("cifar10", "photos"))
-    add("--out", metavar="DIR", type=Path, required=True)
-    add("--cache", metavar="DIR", type=Path, default=default_cache(), help="default: %(default)s")
+    add("--out", metavar="DIR", type=local, required=True)
+    add(
+        "--cache",
+        metavar="DIR",
+        type=local,
+        default=default_cache(),
+        help="default: %(default)s",
+    )
     add("--count", metavar="N", type=int, default=1320, help="photos: in all; default: %(default)s")
     add("--seed", metavar="S", type=int, default=0, help="photos: of the crops; default: 0")
     options = parser.parse_args(arguments)

@@ -13,7 +13,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +27,7 @@ from headrace.pipelines.recipe import Augmentation, View
 from headrace.shards.atomic import atomic_file
 from headrace.shards.errors import UserError
 from headrace.shards.index import ShardError
+from headrace.shards.local import local
 from headrace.shards.pixels import decode_rgb
 from headrace.shards.store import Store
 from headrace.tools.arguments import png, positive, some_of
@@ -102,9 +102,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipes.NAMED)}")
     what.add_argument("--method", metavar="NAME", help="the training views of a method's preset")
-    what.add_argument("--run", type=Path, help="a run's directory: its training views and its data")
+    what.add_argument(
+        "--run", type=local, help="a run's directory: its training views and its data"
+    )
     parser.add_argument(
-        "--data", type=Path, help="data set; by default the run's, or ./data's only"
+        "--data", type=local, help="data set; by default the run's, or ./data's only"
     )
     parser.add_argument("--preset", default="auto", help="with --method: which of its presets")
     parser.add_argument("--out", type=png, required=True, help="the PNG file to write")

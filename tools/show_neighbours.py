@@ -24,6 +24,7 @@ from torch import nn
 from headrace.pipelines.engines import choose
 from headrace.shards.atomic import atomic_file
 from headrace.shards.errors import UserError
+from headrace.shards.local import local
 from headrace.shards.pixels import decode_rgb
 from headrace.shards.store import Store
 from headrace.tools.arguments import positive
@@ -91,19 +92,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
-    parser.add_argument("--out", type=Path, required=True, help="the PNG file to write")
+    parser.add_argument("run", type=local, metavar="RUN", help="the run's directory")
+    parser.add_argument("--out", type=local, required=True, help="the PNG file to write")
     parser.add_argument(
         "--data.train",
         dest="train",
-        type=Path,
+        type=local,
         metavar="DIR",
         help="where neighbours are looked for; of a root with splits, train. Default: the run's",
     )
     parser.add_argument(
         "--data.val",
         dest="val",
-        type=Path,
+        type=local,
         metavar="DIR",
         help="where the pictures are from; of a root with splits, val, else test. Default: the "
         "run's, else the split beside its training set, else that set itself",

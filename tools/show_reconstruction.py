@@ -12,7 +12,6 @@ contrast of a hidden patch are then not the network's merit.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from textwrap import shorten
 from typing import Protocol, runtime_checkable
 
@@ -27,6 +26,7 @@ from headrace.pipelines.loader import open_loader
 from headrace.pipelines.masks import BlockMask, RandomMask
 from headrace.shards.atomic import atomic_file
 from headrace.shards.errors import UserError
+from headrace.shards.local import local
 from headrace.shards.store import Store
 from headrace.tools.arguments import png, positive
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
@@ -86,11 +86,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   python tools/show_reconstruction.py runs/spark --data data/cifar10 --seed 3 --out unseen.png""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
+    parser.add_argument("run", type=local, metavar="RUN", help="the run's directory")
     parser.add_argument("--out", type=png, required=True, help="the PNG file to write")
     parser.add_argument(
         "--data",
-        type=Path,
+        type=local,
         metavar="DIR",
         help="other pictures; of a root with splits val, else test. Default: the training set",
     )

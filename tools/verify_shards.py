@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from headrace.shards.errors import UserError
+from headrace.shards.local import local
 from headrace.shards.verify import verify, written_directories
 from headrace.tools.arguments import positive
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="a data set, or several below")
+    parser.add_argument("directory", metavar="DIR", type=local, help="a data set, or several below")
     parser.add_argument(
         "--no-decode", action="store_true", help="check files, counts and sha256 only: reads once"
     )

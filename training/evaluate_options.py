@@ -2,11 +2,11 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from typing_extensions import override
 
+from headrace.shards.local import local
 from headrace.training.invocation import as_typed
 from headrace.training.judged_view import ViewChange
 from headrace.training.near_options import near_option
@@ -50,7 +50,7 @@ def parse_evaluate(
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="the run's directory")
+    add("run", type=local, metavar="RUN", help="the run's directory")
     add(
         "--protocol",
         nargs="+",
@@ -62,18 +62,18 @@ def parse_evaluate(
     add(
         "--data.train",
         dest="train",
-        type=Path,
+        type=local,
         metavar="DIR",
         help="what the classes are learnt from; of a root with splits, train. Default: the run's",
     )
     add(
         "--data.val",
         dest="val",
-        type=Path,
+        type=local,
         metavar="DIR",
         help="these are judged; of a root with splits, val, else test. Default: the run's",
     )
-    add("--json", type=Path, metavar="FILE", help="write the results there")
+    add("--json", type=local, metavar="FILE", help="write the results there")
     judged = parser.add_mutually_exclusive_group()
     judged.add_argument(
         "--untrained", action="store_true", help="judge the weights that the run began with"

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from headrace.shards.index import INDEX_FILE, ShardError
+from headrace.shards.local import local_path
 from headrace.shards.manifest import MANIFEST_FILE, PARTS_DIRECTORY
 from headrace.shards.sources.arrays import ArrayFiles, find_arrays, list_arrays
 from headrace.shards.sources.census import Recognised, unused_images
@@ -48,7 +49,7 @@ def recognise(
     Raises `ShardError` if nothing is recognised, several readings are likely, a split that is
     listed has a class that train lacks, or something cannot be read.
     """
-    source = Path(os.path.abspath(source.expanduser()))
+    source = local_path(source)
     if not source.exists():
         raise ShardError(f"{source} does not exist; {EXPECTED}")
     try:

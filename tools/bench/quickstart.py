@@ -19,6 +19,7 @@ import torch
 
 from headrace.shards.atomic import atomic_file
 from headrace.shards.cores import usable_cores
+from headrace.shards.local import local
 from headrace.tools.bench.machine import machine
 from headrace.training import encoders  # noqa: F401  (registers them with timm)
 from headrace.training.methods.simclr import PRESETS
@@ -58,9 +59,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     before = commands.add_parser("estimate", help="how long training and judging take here")
     before.add_argument("--epochs", type=float, default=PRESETS["demo"].epochs)
     after = commands.add_parser("result", help="what a run's files say of it")
-    after.add_argument("run", type=Path, metavar="RUN")
-    after.add_argument("--pixels", type=Path, required=True, help="kNN of raw pixels, as JSON")
-    after.add_argument("--json", type=Path, metavar="FILE", help="write the row there")
+    after.add_argument("run", type=local, metavar="RUN")
+    after.add_argument("--pixels", type=local, required=True, help="kNN of raw pixels, as JSON")
+    after.add_argument("--json", type=local, metavar="FILE", help="write the row there")
     return parser.parse_args(arguments)
 
 
