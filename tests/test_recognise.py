@@ -299,6 +299,23 @@ CASES = {
         names={"train": "a", "val": "b"},
         choices=Choices(layout="folders"),
     ),
+    "--layout innermost": Case(
+        {
+            f"{split}/{place}/{name}/{i}.png": name
+            for split in ("train", "val")
+            for i in (0, 1)
+            for place, names in (("p", "ab"), ("q", "bc"))
+            for name in names
+        },
+        {"train": tuple("abc"), "val": tuple("abc")},
+        choices=Choices(layout="innermost"),
+    ),
+    "masks called after the pictures beside them": Case(
+        {f"{c}/{c} ({i}){end}.png": c for c in "ab" for i in (0, 1) for end in ("", "_mask")}
+        | {"a/a (0)_mask_1.png": "d", "b/alone_mask.png": "b"},
+        {"": ("a", "b")},
+        unused=5,
+    ),
     "--layout flat": Case(
         classes("x", {"p": "d"}) | flat("x", "dd"), {"": ()}, choices=Choices(layout="flat")
     ),
@@ -363,6 +380,10 @@ REFUSED = {
     "a folder of all photographs inside of a split": (
         classes("train", {"photos": "a", "drawings": "b"}) | classes("val", {"photos": "a"}),
         "photos/ is called like .*--layout splits makes each folder a class"
+    ),
+    "folders of classes or classes of folders": (
+        {f"{place}/{name}/0.png": "d" for place in ("Art", "Real") for name in ("cup", "pen")},
+        "Art/, Real/ hold no images themselves .*cup/, pen/.*--layout innermost"
     ),
     "words of splits that share nothing": (
         classes(".", {"bullet_train": "a", "test_tube": "b"}),
@@ -504,7 +525,6 @@ def test_what_ends_otherwise_is_named_by_both(tmp_path: Path) -> None:
     [
         (classes(".", {str(n): "a" for n in range(11)}, 1), "'10' has label 2"),
         ({f"train\\a\\{i}.png": "d" for i in range(2)}, "every name holds a backslash"),
-        ({f"{d}/{c}/0.png": c for d in ("Art", "Clipart") for c in "abc"}, "the images lie deeper"),
     ],
 )
 def test_what_may_surprise_is_noted(tmp_path: Path, images: dict[str, str], words: str) -> None:

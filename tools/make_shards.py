@@ -130,7 +130,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=get_args(Layout),
         default="auto",
         help="where folders can be read in several ways: those called like splits are splits, "
-        "every folder is a class, or all images are without classes",
+        "every folder is a class, the innermost folders are, or all images are without classes",
     )
     add("--images", metavar="DIR", help="the folder of photographs, below SRC or below each split")
     add(

@@ -67,6 +67,10 @@ def unused_images(tree: Folder, places: Sequence[Place]) -> tuple[Unused, ...]:
     """Every image of a tree that is in no place."""
     found: list[Unused] = []
     _collect(tree, places, found)
+    for folder in tree.below():
+        if folder.maps:
+            reason = "label maps, called after the photographs beside them"
+            found.append(Unused(folder.path, folder.maps, reason))
     skipped = sum(folder.skipped for folder in tree.below())
     if skipped:
         found.append(
@@ -78,7 +82,7 @@ def unused_images(tree: Folder, places: Sequence[Place]) -> tuple[Unused, ...]:
 def _collect(folder: Folder, places: Sequence[Place], found: list[Unused]) -> None:
     """Add what is unused of a folder that is, or lies around, a place."""
     here = next((place for place in places if place.folder is folder), None)
-    if here is not None and here.deep:
+    if here is not None and (here.deep or here.kind == "innermost"):
         return
     if folder.images and not (here and here.kind == "flat"):
         reason = "loose beside the folders that count" if places else _reason(places)

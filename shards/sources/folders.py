@@ -96,7 +96,7 @@ def _list_place(
         by_list = _labelled(_flat(whole, lists), lists, base, partly=_WITHOUT)
         if by_list is not None:
             return by_list
-    if place.kind == "classes":
+    if place.kind != "flat":
         split = _classes(place, base, facts)
         for found in lists:
             _refuse_other_classes(split, found)
@@ -193,8 +193,8 @@ def _classes(place: Place, base: tuple[ClassName, ...] | None, facts: ImageNetFa
     else:
         classes = base
     label_of = {entry.id: label for label, entry in enumerate(classes)}
-    filled = {one.name for one in folder.inner}
-    unknown = [id_ for id_ in ids if id_ not in label_of and id_ in filled]
+    empty = {one.name for one in folder.folders if not one.images_below}
+    unknown = [id_ for id_ in ids if id_ not in label_of and id_ not in empty]
     if unknown:
         raise ShardError(
             f"{folder.path} has {len(unknown)} class folder(s) that train lacks, as {unknown[0]!r}:"
@@ -204,21 +204,25 @@ def _classes(place: Place, base: tuple[ClassName, ...] | None, facts: ImageNetFa
     labels: list[int] = []
     prefix = len(os.path.join(folder.path, ""))
     class_folders = [one for one in folder.folders if one.name in label_of]
-    for class_folder in class_folders:
+    for class_folder in class_folders if place.kind == "classes" else (folder,):
         for inner in class_folder.below():
             names += [os.path.join(inner.path, image)[prefix:] for image in inner.images]
-        labels += [label_of[class_folder.name]] * (len(names) - len(labels))
-    notes = _notes_of_classes(folder, class_folders, classes)
+            class_id = inner.name if place.kind == "innermost" else class_folder.name
+            labels += [label_of[class_id]] * len(inner.images) if inner.images else []
+    notes = _notes_of_classes(place, class_folders, classes)
     return SourceSplit(
         place.split, "class folders", classes, FolderSamples(folder.path, names, labels), notes
     )
 
 
 def _notes_of_classes(
-    folder: Folder, class_folders: Sequence[Folder], classes: Sequence[ClassName]
+    place: Place, class_folders: Sequence[Folder], classes: Sequence[ClassName]
 ) -> tuple[str, ...]:
+    folder = place.folder
     others = [name for one in class_folders for inner in one.below() for name in inner.others]
     notes = _unread([*folder.others, *others])
+    if place.kind == "innermost":
+        return notes
     if folder.images:
         notes += (
             f"{len(folder.images)} image(s) directly in {folder.path} belong to no class folder "
@@ -228,13 +232,6 @@ def _notes_of_classes(
     if empty:
         notes += (f"{len(empty)} class folder(s) hold no image, as {empty[0]!r}",)
     numbers = note_of_numbers([entry.id for entry in classes])
-    deeper = [inner.name for one in class_folders for inner in one.inner]
-    if len(deeper) > len(class_folders) > 1 and not any(one.images for one in class_folders):
-        notes += (
-            f"the images lie deeper than the class folders ({class_folders[0].name}, ...): if the "
-            f"folders inside ({', '.join(sorted(set(deeper))[:4])}, ...) are the classes, point at "
-            "one folder above them, or give a list with --labels FILE",
-        )
     return (*notes, numbers) if numbers else notes
 
 

@@ -6,7 +6,6 @@ would have to ask about is refused with the candidates and the option that decid
 """
 
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +20,16 @@ from headrace.shards.sources.vocabulary import (
     is_photographs,
     split_of,
     split_within,
+    without_map_suffix,
     without_split,
 )
 from headrace.shards.sources.walk import Folder
 
-Layout = Literal["auto", "splits", "folders", "flat"]
+Layout = Literal["auto", "splits", "folders", "innermost", "flat"]
+Kind = Literal["classes", "innermost", "flat"]
 _SETS_DEPTH = 4
 _NAMED = 6
 _LOOSE_PART = 10  # loose images are left aside where they are at most one in so many
-_MAP_SUFFIX = re.compile(
-    r"[_-](mask|masks|seg|segmentation|gt|label|labels|trimap)([_-].*)?$", re.I
-)
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class Choices:
     """What a person says of a source that does not explain itself.
 
     layout: "splits": folders called like splits are splits; "folders": every folder is a class;
+    "innermost": every folder that holds images itself is one, by its own name;
     "flat": all images, without classes. images: the folder, below the source or below each split,
     that has the photographs. labels: a list of names and labels. classes: the class names in the
     order of their labels.
@@ -63,14 +62,14 @@ class Place:
     """Where the images of one split lie.
 
     top: the split's folder, or the source's. folder: what names are relative to. kind: whether the
-    folders inside are classes, or the images belong to none. deep: without classes, those of all
-    folders below count too.
+    folders inside are classes ("innermost": the last ones), or the images belong to none. deep:
+    without classes, those of all folders below count too.
     """
 
     split: str
     top: Folder
     folder: Folder
-    kind: Literal["classes", "flat"]
+    kind: Kind
     deep: bool = False
 
     @property
@@ -78,6 +77,8 @@ class Place:
         """Names of the class folders, sorted; one without images keeps its number."""
         if self.kind == "flat":
             return ()
+        if self.kind == "innermost":
+            return tuple(sorted({folder.name for folder in self.folder.below() if folder.images}))
         return tuple(
             folder.name
             for folder in self.folder.folders
@@ -101,8 +102,6 @@ def find_places(tree: Folder, choices: Choices) -> list[Place]:
         if not isinstance(step, Folder):
             if inside is not None:
                 raise ShardError(f"{tree.path}: --images {inside} is no folder below it")
-            if step == "classes" and choices.layout == "auto":
-                _refuse_several_sets(folder)
             return [_place("", folder, folder, step, choices)]
         folder = step
     return []
@@ -116,7 +115,7 @@ def _places_of(splits: dict[str, Folder], choices: Choices, images: str | None) 
         folder = top if images is None else _named_folder(top, images)
         if folder is None:
             raise ShardError(f"{top.path}: --images {images} is no folder below it")
-        step: Folder | Literal["classes", "flat"] = folder
+        step: Folder | Kind = folder
         while isinstance(step, Folder):
             folder = step
             step = _step(folder, choices.layout, known, top=False)
@@ -126,11 +125,9 @@ def _places_of(splits: dict[str, Folder], choices: Choices, images: str | None) 
     return places
 
 
-def _place(
-    split: str, top: Folder, folder: Folder, kind: Literal["classes", "flat"], choices: Choices
-) -> Place:
+def _place(split: str, top: Folder, folder: Folder, kind: Kind, choices: Choices) -> Place:
     """A list of labels counts for all images below, whatever the folders are called."""
-    listed = choices.labels is not None and kind == "classes"
+    listed = choices.labels is not None and kind != "flat"
     return Place(split, top, folder, "flat" if listed else kind, listed or choices.layout == "flat")
 
 
@@ -146,9 +143,7 @@ def _named_folder(tree: Folder, name: str) -> Folder | None:
     return folder
 
 
-def _step(
-    folder: Folder, layout: Layout, known: frozenset[str], *, top: bool
-) -> Folder | Literal["classes", "flat"]:
+def _step(folder: Folder, layout: Layout, known: frozenset[str], *, top: bool) -> Folder | Kind:
     """What a folder without splits is, or the folder inside that has everything.
 
     known: train's classes. top: the folder is not inside a split.
@@ -157,6 +152,8 @@ def _step(
     lone = inner[0] if len(inner) == 1 else None
     if layout == "flat" or not inner:
         return "flat"
+    if layout == "innermost":
+        return "innermost"
     if layout == "folders":
         return lone if lone and not lone.images and not folder.images else "classes"
     if not folder.images and known and {one.name for one in inner} <= known:
@@ -171,6 +168,8 @@ def _step(
     photographs = [one for one in others if is_photographs(one.name)]
     if photographs and len(others) == 1 and not folder.images:
         return photographs[0]
+    if top and layout == "auto":
+        _refuse_several_sets(folder)
     doubt = _doubt(folder, maps, others, photographs)
     # Within a split, who says that splits are splits says that the folders inside are classes.
     if doubt is not None and (top or layout != "splits"):
@@ -203,7 +202,16 @@ def _doubt(
             f"lie beside it, in {_listed(_without(folder.inner, photographs))}"
         )
     paired = [one for one in maps if any(_pairs(one, other) for other in others)]
-    return f"{_listed(paired)} looks like label maps of {_listed(others)}" if paired else None
+    if paired:
+        return f"{_listed(paired)} looks like label maps of {_listed(others)}"
+    deeper = [inner.name for one in folder.inner for inner in one.inner]
+    if len(deeper) > len(folder.inner) and not any(one.images for one in folder.inner):
+        some = ", ".join(f"{name}/" for name in sorted(set(deeper))[:_NAMED])
+        return (
+            f"{_listed(folder.inner)} hold no images themselves but folders of them ({some}), and "
+            "either may be the classes: --layout innermost takes the inner ones"
+        )
+    return None
 
 
 def find_splits(folder: Folder, layout: Layout = "auto") -> dict[str, Folder]:
@@ -289,9 +297,7 @@ def _pairs(maps: Folder, others: Folder) -> bool:
     """Whether at least half of the maps have the name of a picture in `others`."""
     stems = {os.path.splitext(name)[0] for one in others.below() for name in one.images}
     mapped = [
-        _MAP_SUFFIX.sub("", os.path.splitext(name)[0])
-        for one in maps.below()
-        for name in one.images
+        without_map_suffix(os.path.splitext(name)[0]) for one in maps.below() for name in one.images
     ]
     return 2 * sum(stem in stems for stem in mapped) >= len(mapped)
 

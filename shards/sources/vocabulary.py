@@ -50,6 +50,10 @@ _FACT_WORDS = _MAP_WORDS | _words_of(
     "bounding boxes bbox bboxes boxes xml xmls"
 )
 _LISTED_ENDINGS = 8
+_MAP_SUFFIX = re.compile(
+    r"[_-](mask|masks|seg|segmentation|gt|label|labels|labelids|trimap|parts)([_-]?\d+)?$",
+    re.IGNORECASE,
+)
 
 
 def words(name: str) -> list[str]:
@@ -95,6 +99,22 @@ def is_maps(name: str) -> bool:
     return any(word in _MAP_WORDS for word in parts) and all(
         word in _MAP_WORDS or word in _BESIDE_MAP_WORDS for word in parts
     )
+
+
+def without_map_suffix(stem: str) -> str:
+    """`x` for `x_mask`, `x-seg_2`, `x_segmentation`; what is called otherwise stays."""
+    return _MAP_SUFFIX.sub("", stem)
+
+
+def maps_among(names: Iterable[str]) -> set[str]:
+    """Names of images that are called after another one, as maps of it: `x_mask.png` of `x.jpg`."""
+    stem_of = {name: os.path.splitext(name)[0] for name in names}
+    stems = set(stem_of.values())
+    return {
+        name
+        for name, stem in stem_of.items()
+        if (bare := without_map_suffix(stem)) != stem and bare in stems
+    }
 
 
 def is_facts(name: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from headrace.shards.index import ShardError
-from headrace.shards.sources.vocabulary import is_image
+from headrace.shards.sources.vocabulary import is_image, maps_among
 
 _SKIPPED = frozenset(
     ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
@@ -25,6 +25,7 @@ class Folder:
 
     name: the last part of `path`. others: names of files that do not end like an image's. dangling:
     names of links that lead nowhere. skipped: number of image names in skipped folders and files.
+    maps: number of images that are called after another one here, as label maps of it.
     images_below: number of images here and in all folders below.
     """
 
@@ -35,6 +36,7 @@ class Folder:
     others: tuple[str, ...]
     dangling: tuple[str, ...]
     skipped: int
+    maps: int
     images_below: int
 
     @property
@@ -91,6 +93,8 @@ def _walk(path: str, name: str, around: tuple[str, ...]) -> Folder:
         _walk(os.path.join(path, inner_name), inner_name, (*around, real))
         for inner_name, real in sorted(inner)
     )
+    maps = maps_among(images)
+    images = [name for name in images if name not in maps]
     below = len(images) + sum(folder.images_below for folder in folders)
     return Folder(
         name,
@@ -100,6 +104,7 @@ def _walk(path: str, name: str, around: tuple[str, ...]) -> Folder:
         others=tuple(sorted(others)),
         dangling=tuple(sorted(dangling)),
         skipped=skipped,
+        maps=len(maps),
         images_below=below,
     )
 
