@@ -50,6 +50,7 @@ from headrace.pipelines.ops import (
     RandomResizedCrop,
     Resize,
     Solarize,
+    height_and_width,
 )
 from headrace.pipelines.philox import uniforms
 from headrace.pipelines.plan import Plan, ViewPlan
@@ -170,9 +171,10 @@ def _columns(
             return _rand_augment(op, source.words(kind, ordinal, blocks=op.num_ops))
         case RandomCrop():
             drawn = source.words(kind, ordinal, blocks=1)[:, :2]
-            missing = np.maximum(op.size - (sizes + 2 * op.padding_pixels), 0)
+            cut = np.array(height_and_width(op.size), np.int32)
+            missing = np.maximum(cut - (sizes + 2 * op.padding_pixels), 0)
             border = op.padding_pixels + missing  # on each side
-            start = below(drawn, sizes + 2 * border - op.size + 1) - border
+            start = below(drawn, sizes + 2 * border - cut + 1) - border
             return {"start": start.astype(np.int32)}
         case Flip() | Grayscale() | Solarize():
             return {"apply": source.gate(kind, ordinal, op.probability)}
@@ -310,8 +312,8 @@ def draw(
     views = tuple(
         ViewPlan(
             _view(view, source, sizes),
-            None if view.mask is None else mask(view.mask, view.size, source),
-            {} if view.erase is None else erase(view.erase, view.size, source),
+            None if view.mask is None else mask(view.mask, view.shape, source),
+            {} if view.erase is None else erase(view.erase, view.shape, source),
         )
         for view, source in zip(augmentation.flat_views, sources, strict=True)
     )
@@ -324,7 +326,7 @@ def draw(
         occurrences,
         sizes,
         views,
-        {} if mixed is None else mix(mixed, augmentation.flat_views[0].size, sources[0]),
+        {} if mixed is None else mix(mixed, augmentation.flat_views[0].shape, sources[0]),
         {
             declared.name: declared_draw(declared, ordinal, sources[0])
             for ordinal, declared in enumerate(augmentation.draws)

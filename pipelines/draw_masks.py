@@ -21,16 +21,16 @@ _FAILURES_IN_A_ROW = 10
 _CONTEXT_ATTEMPTS = 20  # contexts, before another target may overlap them
 
 
-def mask(declared: Mask, size: int, source: Source) -> NDArray[np.bool_]:
+def mask(declared: Mask, shape: tuple[int, int], source: Source) -> NDArray[np.bool_]:
     """bool [B, N] or [B, 1 + targets, N] over the patches of a view, as the declaration says."""
-    side = size // declared.patch_pixels
+    rows, columns = (length // declared.patch_pixels for length in shape)
     match declared:
         case RandomMask():
-            return _random(declared, side * side, source)
+            return _random(declared, rows * columns, source)
         case BlockMask():
-            return _blocks(declared, side, source)
+            return _blocks(declared, rows, source)  # View has these two on squares alone
         case MultiBlockMask():
-            return _multi_block(declared, side, source)
+            return _multi_block(declared, rows, source)
         case _:
             assert_never(declared)
 

@@ -21,8 +21,8 @@ _MIX_BLOCKS = 2 + _GAMMA_ATTEMPTS
 Columns = dict[str, NDArray[Any]]
 
 
-def erase(declared: RandomErasing, size: int, source: Source) -> Columns:
-    """The columns of RandomErasing, for a view with sides of `size` pixels."""
+def erase(declared: RandomErasing, shape: tuple[int, int], source: Source) -> Columns:
+    """The columns of RandomErasing, for a view of `shape`, its height and width in pixels."""
     least, most = declared.count
     blocks = 1 + most * _BLOCKS_PER_BOX
     drawn = source.words(Kind.ERASE, 0, blocks).reshape(-1, blocks, 4)
@@ -33,7 +33,7 @@ def erase(declared: RandomErasing, size: int, source: Source) -> Columns:
     _erase_boxes(
         drawn,
         counts,
-        size,
+        *shape,
         float(declared.area[0]),
         float(declared.area[1]),
         math.log(declared.ratio[0]),
@@ -56,7 +56,8 @@ def erase(declared: RandomErasing, size: int, source: Source) -> Columns:
 def _erase_boxes(
     random_words: NDArray[np.uint32],
     counts: NDArray[np.int64],
-    size: int,
+    view_height: int,
+    view_width: int,
     area_low: float,
     area_high: float,
     log_low: float,
@@ -70,20 +71,21 @@ def _erase_boxes(
             for block in range(first + 1, first + _BLOCKS_PER_BOX):
                 draws = random_words[row, block]
                 area = area_low + draws[0] * unit * (area_high - area_low)
-                area *= size * size / counts[row]
+                area *= view_height * view_width / counts[row]
                 ratio = math.exp(log_low + draws[1] * unit * (log_high - log_low))
                 height = np.int64(np.rint(math.sqrt(area * ratio)))
                 width = np.int64(np.rint(math.sqrt(area / ratio)))
-                if 0 < height < size and 0 < width < size:
-                    out[row, index, 0] = (np.int64(draws[2]) * (size - height + 1)) >> 32
-                    out[row, index, 1] = (np.int64(draws[3]) * (size - width + 1)) >> 32
+                if 0 < height < view_height and 0 < width < view_width:
+                    out[row, index, 0] = (np.int64(draws[2]) * (view_height - height + 1)) >> 32
+                    out[row, index, 1] = (np.int64(draws[3]) * (view_width - width + 1)) >> 32
                     out[row, index, 2] = height
                     out[row, index, 3] = width
                     break
 
 
-def mix(declared: Mix, size: int, source: Source) -> Columns:
-    """The columns of Mix, for a view with sides of `size` pixels; the batch holds whole groups."""
+def mix(declared: Mix, shape: tuple[int, int], source: Source) -> Columns:
+    """The columns of Mix, for a view of `shape`, its height and width in pixels; the batch holds
+    whole groups."""
     samples, group = len(source.ids), source.group
     place = np.arange(samples) - np.searchsorted(source.groups, source.groups)
     partner = group - 1 - 2 * place
@@ -105,8 +107,8 @@ def mix(declared: Mix, size: int, source: Source) -> Columns:
         cut = np.full(samples, declared.cutmix_alpha > 0)
     weight = _symmetric_beta(np.where(cut, declared.cutmix_alpha, declared.mixup_alpha), drawn)
     weight = np.where(gate < declared.probability, weight, 1.0)
-    box = np.where(cut[:, None], _cut_boxes(weight, drawn[:, 2:4], size), np.int32(0))
-    outside = 1.0 - box[:, 2].astype(np.float64) * box[:, 3] / (size * size)
+    box = np.where(cut[:, None], _cut_boxes(weight, drawn[:, 2:4], shape), np.int32(0))
+    outside = 1.0 - box[:, 2].astype(np.float64) * box[:, 3] / (shape[0] * shape[1])
     return {
         "partner": partner.astype(np.int32),
         "weight": np.where(cut, outside, weight).astype(np.float32),
@@ -142,18 +144,20 @@ def _log_gamma(
 
 
 def _cut_boxes(
-    weight: NDArray[np.float64], centers: NDArray[np.uint32], size: int
+    weight: NDArray[np.float64], centers: NDArray[np.uint32], shape: tuple[int, int]
 ) -> NDArray[np.int32]:
-    """int32 [B, 4]: timm's `rand_bbox`, a square of (1 - weight) of the area, clipped.
+    """int32 [B, 4]: timm's `rand_bbox`, a box of the view's aspect ratio and (1 - weight) of its
+    area, clipped.
 
     All 0 where less than a pixel is left of it.
     """
-    side = (size * np.sqrt(1.0 - weight)).astype(np.int64)[:, None]
-    center = below(centers, size)
-    start = np.clip(center - side // 2, 0, size)
-    end = np.clip(center + (side + 1) // 2, 0, size)
+    whole = np.array(shape, np.int64)
+    sides = (whole * np.sqrt(1.0 - weight)[:, None]).astype(np.int64)
+    center = below(centers, whole)
+    start = np.clip(center - sides // 2, 0, whole)
+    end = np.clip(center + (sides + 1) // 2, 0, whole)
     box = np.concatenate([start, end - start], axis=1)
-    return np.where(side > 0, box, 0).astype(np.int32)
+    return np.where(sides.min(axis=1, keepdims=True) > 0, box, 0).astype(np.int32)
 
 
 def declared_draw(declared: Draw, ordinal: int, source: Source) -> NDArray[Any]:

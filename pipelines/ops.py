@@ -12,6 +12,8 @@ from headrace.shards.errors import UserError
 
 Interpolation = Literal["bilinear", "bicubic"]
 DrawScope = Literal["sample", "group"]
+Size = int | tuple[int, int]
+"""Of a view in pixels: the side of a square, or height and width."""
 
 
 class RecipeError(UserError):
@@ -41,22 +43,35 @@ def require_range(declared: object, name: str, least: float, most: float) -> Non
     )
 
 
+def height_and_width(size: Size) -> tuple[int, int]:
+    """Of a view of this size."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def require_size(declared: object, size: Size) -> None:
+    """Raise RecipeError unless `size`, that of `declared`, has pixels."""
+    require(
+        min(height_and_width(size)) > 0,
+        f"{type(declared).__name__}.size is {size}; it must be positive",
+    )
+
+
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """Crop a random box and resize it to `size` x `size`, antialiased.
+    """Crop a random box and resize it to `size`, antialiased.
 
     Sampling as torchvision's `RandomResizedCrop.get_params`: up to ten attempts, then the central
     box of the nearest admissible aspect ratio.
     Draws: `box` int32 [B, 4] = top, left, height, width in source pixels.
     """
 
-    size: int
+    size: Size
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
-        require(self.size > 0, f"RandomResizedCrop.size is {self.size}; it must be positive")
+        require_size(self, self.size)
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             require(
                 0 < low <= high,
@@ -78,17 +93,17 @@ class Resize:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """Cut the central `size` x `size` (torchvision's rounding). No draws."""
+    """Cut the central `size` (torchvision's rounding). No draws."""
 
-    size: int
+    size: Size
 
     def __post_init__(self) -> None:
-        require(self.size > 0, f"CenterCrop.size is {self.size}; it must be positive")
+        require_size(self, self.size)
 
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Cut a random `size` x `size`; torchvision's `RandomCrop(size, padding, pad_if_needed)`.
+    """Cut a random `size`; torchvision's `RandomCrop(size, padding, pad_if_needed)`.
 
     The picture is first surrounded by `padding_pixels` of black; where it is still smaller than the
     crop, both sides get as many more as are missing.
@@ -96,11 +111,11 @@ class RandomCrop:
     the crop begins in the padding.
     """
 
-    size: int
+    size: Size
     padding_pixels: int = 0
 
     def __post_init__(self) -> None:
-        require(self.size > 0, f"RandomCrop.size is {self.size}; it must be positive")
+        require_size(self, self.size)
         padding = self.padding_pixels
         require(padding >= 0, f"RandomCrop.padding_pixels is {padding}; it must not be negative")
 

@@ -14,7 +14,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from headrace.pipelines.masks import Mask, require_fit
+from headrace.pipelines.masks import Mask, RandomMask, require_fit
 from headrace.pipelines.ops import (
     GEOMETRY,
     CenterCrop,
@@ -26,7 +26,9 @@ from headrace.pipelines.ops import (
     RandomCrop,
     RandomResizedCrop,
     Resize,
+    Size,
     ViewOp,
+    height_and_width,
     require,
     require_probability,
     require_range,
@@ -199,13 +201,25 @@ class View:
             RandAugment not in kinds or Flip not in kinds[kinds.index(RandAugment) :],
             f"view {self.name!r}: Flip must stand before RandAugment",
         )
+        height, width = self.shape
+        require(
+            height == width or RandAugment not in {type(op) for op in self.executed},
+            f"view {self.name!r} is {height} x {width}, and RandAugment is for squares alone",
+        )
         if self.mask is not None:
+            patch_pixels = self.mask.patch_pixels
             require(
-                self.size % self.mask.patch_pixels == 0,
+                height % patch_pixels == width % patch_pixels == 0,
                 f"view {self.name!r}: size {self.size} is no multiple of the mask's "
-                f"patch_pixels {self.mask.patch_pixels}",
+                f"patch_pixels {patch_pixels}",
             )
-            require_fit(self.mask, self.size // self.mask.patch_pixels, f"view {self.name!r}")
+            require(
+                height == width or isinstance(self.mask, RandomMask),
+                f"view {self.name!r} has {height} x {width} pixels, and a "
+                f"{type(self.mask).__name__} is for squares alone",
+            )
+            if height == width:
+                require_fit(self.mask, height // patch_pixels, f"view {self.name!r}")
         for name in self.components:
             require(name.isidentifier(), f"view {self.name!r}: component {name!r} is no identifier")
             require(
@@ -221,10 +235,15 @@ class View:
         )
 
     @property
-    def size(self) -> int:
-        """Side of the finished view in pixels."""
+    def size(self) -> Size:
+        """Of the finished view in pixels, as its crop declares it."""
         crops = (RandomResizedCrop, CenterCrop, RandomCrop)
         return next(op for op in self.ops if isinstance(op, crops)).size
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the finished view in pixels."""
+        return height_and_width(self.size)
 
 
 @dataclass(frozen=True)

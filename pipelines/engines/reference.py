@@ -38,6 +38,7 @@ from headrace.pipelines.ops import (
     RandomResizedCrop,
     Resize,
     Solarize,
+    height_and_width,
     resized_shape,
 )
 from headrace.pipelines.recipe import Augmentation
@@ -129,15 +130,17 @@ def apply_op(
         case RandomResizedCrop():
             top, left, height, width = (int(value) for value in draws["box"][row])
             mode = _INTERPOLATION[op.interpolation]
-            return F.resized_crop(picture, top, left, height, width, [op.size, op.size], mode)
+            size = list(height_and_width(op.size))
+            return F.resized_crop(picture, top, left, height, width, size, mode)
         case Resize():
             shape = resized_shape(picture.height, picture.width, op.size)
             return F.resize(picture, list(shape), _INTERPOLATION[op.interpolation])
         case CenterCrop():
-            return F.center_crop(picture, [op.size, op.size])
+            return F.center_crop(picture, list(height_and_width(op.size)))
         case RandomCrop():
             top, left = (int(value) for value in draws["start"][row])
-            return F.crop(picture, top, left, op.size, op.size)  # black outside of the picture
+            # Black outside of the picture.
+            return F.crop(picture, top, left, *height_and_width(op.size))
         case Flip():
             return F.hflip(picture) if draws["apply"][row] else picture
         case ColorJitter():
@@ -212,12 +215,12 @@ class ReferenceEngine:
 
         Views of one size lie in one block [V, B, H, W, 3]: two allocations for DINO, not ten.
         """
-        blocks: dict[int, Iterator[NDArray[np.uint8]]] = {}
-        sizes = [view.size for view in self._views]
-        for size in set(sizes):
-            block = np.empty((sizes.count(size), samples, size, size, 3), dtype=np.uint8)
-            blocks[size] = iter(block)
-        return tuple(next(blocks[size]) for size in sizes)
+        blocks: dict[tuple[int, int], Iterator[NDArray[np.uint8]]] = {}
+        shapes = [view.shape for view in self._views]
+        for shape in set(shapes):
+            block = np.empty((shapes.count(shape), samples, *shape, 3), dtype=np.uint8)
+            blocks[shape] = iter(block)
+        return tuple(next(blocks[shape]) for shape in shapes)
 
     def _render_rows(self, work: Work, views: tuple[NDArray[np.uint8], ...], rows: range) -> None:
         for row in rows:

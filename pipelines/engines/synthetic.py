@@ -25,7 +25,7 @@ class SyntheticEngine:
 
     def __init__(self, augmentation: Augmentation, finished: torch.dtype | None) -> None:
         self._samples = [
-            _constant(view.size, (64 + 40 * index) % 256)
+            _constant(view.shape, (64 + 40 * index) % 256)
             for index, view in enumerate(augmentation.flat_views)
         ]
         if finished is not None:
@@ -41,9 +41,9 @@ class SyntheticEngine:
         """Nothing is held."""
 
 
-def _constant(size: int, value: int) -> torch.Tensor:
-    """uint8 [1, 3, size, size]."""
-    return torch.full((1, size, size, 3), value, dtype=torch.uint8).permute(0, 3, 1, 2)
+def _constant(shape: tuple[int, int], value: int) -> torch.Tensor:
+    """uint8 [1, 3, *shape]."""
+    return torch.full((1, *shape, 3), value, dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
 def _repeated(sample: torch.Tensor, count: int) -> torch.Tensor:

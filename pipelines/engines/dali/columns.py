@@ -12,6 +12,7 @@ from typing import Any, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.pipelines.geometry import centered_offsets
 from headrace.pipelines.ops import (
     RAND_AUGMENT_OPERATIONS,
     CenterCrop,
@@ -26,7 +27,6 @@ from headrace.pipelines.ops import (
     RandomResizedCrop,
     Resize,
     Solarize,
-    centered_offset,
     resized_shape,
 )
 from headrace.pipelines.plan import Plan, ViewPlan
@@ -215,7 +215,7 @@ def op_columns(
 ) -> Columns:
     """The numbers of one op. sizes: int32 [B, 2], height and width of what comes in.
 
-    side_pixels: of the finished view, which is what ops after the geometry get.
+    side_pixels: the shorter side of the finished view, which ops after the geometry get.
     """
     match op:
         case RandomResizedCrop():
@@ -224,8 +224,7 @@ def op_columns(
         case Resize():
             return {"size": resized_sizes(op, sizes).astype(np.float32)}
         case CenterCrop():
-            start = [[centered_offset(int(side), op.size) for side in row] for row in sizes]
-            return {"start": np.array(start, np.int32).reshape(-1, 2)}
+            return {"start": centered_offsets(sizes, op.size)}
         case RandomCrop():
             return {"start": draws["start"]}
         case Flip():
@@ -281,7 +280,7 @@ def _view_columns(
     view: View, view_index: int, drawn: tuple[ViewPlan, ...], sizes: NDArray[np.int32]
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     for op_index, op in enumerate(view.executed):
-        pictures = [op_columns(op, plan.ops[op_index], sizes, view.size) for plan in drawn]
+        pictures = [op_columns(op, plan.ops[op_index], sizes, min(view.shape)) for plan in drawn]
         if on_single_pictures(op):
             for picture, columns in enumerate(pictures):
                 for name, column in columns.items():

@@ -46,6 +46,7 @@ from headrace.pipelines.ops import (
     RandomResizedCrop,
     Resize,
     Solarize,
+    height_and_width,
 )
 from headrace.pipelines.plan import Plan
 from headrace.pipelines.recipe import Augmentation, View
@@ -106,7 +107,7 @@ def _single(inputs: Inputs, op: Op, image: DataNode, name: str) -> DataNode:
             # region of interest would read beyond its edges.
             start, shape = inputs.argument(name + "start"), inputs.argument(name + "shape")
             cut = single_node(fn.slice(image, start=start, shape=shape, axes=[0, 1]))
-            return _resized(cut, [op.size, op.size], op.interpolation)
+            return _resized(cut, list(height_and_width(op.size)), op.interpolation)
         case Resize():
             return _resized(image, inputs.argument(name + "size"), op.interpolation)
         case CenterCrop() | RandomCrop():
@@ -114,7 +115,7 @@ def _single(inputs: Inputs, op: Op, image: DataNode, name: str) -> DataNode:
                 fn.slice(
                     image,
                     start=inputs.argument(name + "start"),
-                    shape=[op.size, op.size],
+                    shape=list(height_and_width(op.size)),
                     axes=[0, 1],
                     out_of_bounds_policy="pad",
                     fill_values=0,
@@ -135,7 +136,7 @@ def _resized(image: DataNode, size: DataNode | list[int], interpolation: Interpo
 
 
 def _stacked(inputs: Inputs, op: Op, pictures: DataNode, name: str, side_pixels: int) -> DataNode:
-    """What an op makes of all pictures of a view, uint8 [pictures, side, side, 3]."""
+    """What an op makes of all pictures of a view, uint8 [pictures, H, W, 3]; see `op_columns`."""
     match op:
         case ColorJitter():
             return color_jitter(inputs, op, pictures, name)
@@ -154,7 +155,7 @@ def _stacked(inputs: Inputs, op: Op, pictures: DataNode, name: str, side_pixels:
 
 
 def _view(inputs: Inputs, view: View, view_index: int, decoded: DataNode) -> DataNode:
-    """All pictures of a view, uint8 [count, size, size, 3].
+    """All pictures of a view, uint8 [count, H, W, 3].
 
     Cut one by one, then stacked: DINO's eight local views cost the nodes and inputs of one.
     """
@@ -168,7 +169,7 @@ def _view(inputs: Inputs, view: View, view_index: int, decoded: DataNode) -> Dat
     stack = single_node(fn.stack(*pictures, axis=0, axis_name="F"))
     for op_index, op in enumerate(view.executed):
         if not on_single_pictures(op):
-            stack = _stacked(inputs, op, stack, stack_prefix(view_index, op_index), view.size)
+            stack = _stacked(inputs, op, stack, stack_prefix(view_index, op_index), min(view.shape))
     return stack
 
 
@@ -201,7 +202,7 @@ def build_pipeline(
 
     source: gives each iteration's inputs, files (uint8 [bytes] each) and then the values of
     `input_columns`, in its order; StopIteration there ends the pipeline.
-    Outputs: for each of `views` [count, size, size, 3], uint8, or finished and of dtype `finished`;
+    Outputs: for each of `views` [count, H, W, 3], uint8, or finished and of dtype `finished`;
     then the masks, bool, of the pictures that have one; then int64 [3], the stored picture's shape.
     The views and masks are where the pictures are, the shape is on the host.
     A GPU graph without `device_id` can be looked at and serialised, not run.

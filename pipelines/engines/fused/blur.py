@@ -34,11 +34,11 @@ def _fill_line(planes, first, size, radius, line, place):
 
 
 @numba.njit(nogil=True)
-def blur(planes, plane, size, sigma, radius, weights, line, across):
-    """Blur a `size` x `size` view of three planes, `plane` bytes apart, in place.
+def blur(planes, plane, height, width, sigma, radius, weights, line, across):
+    """Blur a `height` x `width` view of three planes, `plane` bytes apart, in place.
 
-    radius: taps to each side, less than `size`. Scratch of float32: weights [4 * radius + 2],
-    line [2 * (size + 2 * radius + SLACK)], across [size * size + SLACK].
+    radius: taps to each side, less than either. Scratch of float32: weights [4 * radius + 2],
+    line [2 * (width + 2 * radius + SLACK)], across [height * width + SLACK].
     """
     taps = 2 * radius + 1
     total = 0.0
@@ -46,18 +46,19 @@ def blur(planes, plane, size, sigma, radius, weights, line, across):
         total += math.exp(-0.5 * ((k - radius) / sigma) ** 2)
     for k in range(taps):
         weights[k] = np.float32(math.exp(-0.5 * ((k - radius) / sigma) ** 2) / total)
-    stride = size + 2 * radius + SLACK
+    stride = width + 2 * radius + SLACK
     for channel in range(3):
         start = channel * plane
-        _fill_line(planes, start, size, radius, line, 0)
-        for y in range(size):
+        _fill_line(planes, start, width, radius, line, 0)
+        for y in range(height):
             # The next row is filled before this one is weighed: reading across bytes that were
             # just written, in other pieces, would wait for them to arrive in the cache.
-            if y + 1 < size:
-                _fill_line(planes, start + (y + 1) * size, size, radius, line, (y + 1) % 2 * stride)
-            weigh_row(line, y % 2 * stride, 1, weights, 0, taps, across, y * size, size)
-        for y in range(size):
-            low, high = max(y - radius, 0), min(y + radius, size - 1)
+            if y + 1 < height:
+                below = start + (y + 1) * width
+                _fill_line(planes, below, width, radius, line, (y + 1) % 2 * stride)
+            weigh_row(line, y % 2 * stride, 1, weights, 0, taps, across, y * width, width)
+        for y in range(height):
+            low, high = max(y - radius, 0), min(y + radius, height - 1)
             at = 0
             if high - low < 2 * radius:
                 # At the border: the rows that are there, with the weights of those reflected too.
@@ -65,6 +66,6 @@ def blur(planes, plane, size, sigma, radius, weights, line, across):
                 for row in range(low, high + 1):
                     weights[at + row - low] = 0
                 for k in range(taps):
-                    weights[at + _reflected(y - radius + k, size) - low] += weights[k]
-            first, rows = low * size, high - low + 1
-            weigh_row(across, first, size, weights, at, rows, planes, start + y * size, size)
+                    weights[at + _reflected(y - radius + k, height) - low] += weights[k]
+            first, rows = low * width, high - low + 1
+            weigh_row(across, first, width, weights, at, rows, planes, start + y * width, width)

@@ -98,12 +98,12 @@ def _write_noise(values, first, key, quantiles, words):
 
 
 @numba.njit(nogil=True)
-def erase(values, size, first, boxes, colors, noisy, key, quantiles, words):
-    """Overwrite what the boxes cover of a view's rows from `first` on, 3 * size floats each.
+def erase(values, pixels, first, boxes, colors, noisy, key, quantiles, words):
+    """Overwrite what the boxes cover of a view's rows from `first` on, of `pixels` each.
 
     boxes: int32 [n, 4], colors: float32 [n, 3]; where `noisy`, noise of `key` instead of colours.
     """
-    width = 3 * size
+    width = 3 * pixels
     end = first + values.size // width
     for place in range(boxes.shape[0]):
         top, left, high, wide = boxes[place]
@@ -119,13 +119,13 @@ def erase(values, size, first, boxes, colors, noisy, key, quantiles, words):
 
 
 @numba.njit(nogil=True)
-def _write_mixed(values, other, size, first, weight, box, target):
+def _write_mixed(values, other, pixels, first, weight, box, target):
     """Rows of a sample's mixture with its partner, CutMix where `box` has any pixel."""
     top, left, high, wide = box
     if high > 0 and wide > 0:
         for i in range(target.size):
             target[i] = values[i]
-        width = 3 * size
+        width = 3 * pixels
         for y in range(max(top, first), min(top + high, first + target.size // width)):
             start = (y - first) * width + 3 * left
             cut, pasted = target[start : start + 3 * wide], other[start : start + 3 * wide]
@@ -148,16 +148,16 @@ def mix(program, row, partner, values, pixels, lines, words):
     """Finish two views that wait for each other.
 
     program: see `kernels`. values, pixels: the batch as float32 and, the same memory, as uint8.
-    lines: float32 scratch [LINES_OF_A_PAIR * 3 * size], words: uint32 scratch.
+    lines: float32 scratch [LINES_OF_A_PAIR * 3 * the view's width], words: uint32 scratch.
     """
-    size = program.sizes[0]
-    width = 3 * size
-    area = size * width
+    height, pixels_across = program.shapes[0, 0], program.shapes[0, 1]
+    width = 3 * pixels_across
+    area = height * width
     pair = (row, partner)
     starts = (program.starts[0] + row * area, program.starts[0] + partner * area)
     rows = LINES_OF_A_PAIR // 2
-    for y in range(0, size, rows):
-        length = min(rows, size - y) * width
+    for y in range(0, height, rows):
+        length = min(rows, height - y) * width
         both = (lines[:length], lines[rows * width : rows * width + length])
         for which, sample in enumerate(pair):
             # The bytes of a row end where its floats do, or later: whatever is written now was
@@ -166,7 +166,7 @@ def mix(program, row, partner, values, pixels, lines, words):
             normalize_line(pixels[first : first + length], program.scale_bias, both[which])
             erase(
                 both[which],
-                size,
+                pixels_across,
                 y,
                 program.boxes[sample, 0],
                 program.colors[sample, 0],
@@ -180,7 +180,7 @@ def mix(program, row, partner, values, pixels, lines, words):
             _write_mixed(
                 both[which],
                 both[1 - which],
-                size,
+                pixels_across,
                 y,
                 program.weights[sample],
                 program.cuts[sample],

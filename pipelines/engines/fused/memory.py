@@ -59,30 +59,32 @@ _KINDS: dict[str, type[np.generic]] = {
 def room(layout: Layout, program: Program, sizes: NDArray[np.int32]) -> Room:
     """What one thread needs for any picture of a program, whose `sizes` are int32 [B, 2]."""
     height, width = sizes.astype(np.int64).T
-    size = int(layout.sizes.max())
+    # Of all views together: as high as the highest, as wide as the widest.
+    rows, across = (int(longest) for longest in layout.shapes.max(axis=0))
+    longer = max(rows, across)
     padded = padded_stride.py_func
     lengths, fulls = (program.geometries[..., [first, first + 4]] for first in (1, 2))
     stretch = np.maximum(lengths / fulls, 1.0).max()
     taps = 2 * math.ceil(float(layout.reaches.max() * stretch)) + 1
-    planes = 3 * plane_length.py_func(size) + SLACK
-    bordered = (size + 2 * BORDER) ** 2
-    half = size * int(np.maximum(3 * padded(np.maximum(height, size)), padded(3 * width)).max())
-    turned = int(np.maximum(height, 3 * width).max()) * padded(size)
+    planes = 3 * plane_length.py_func(rows * across) + SLACK
+    bordered = (longer + 2 * BORDER) ** 2
+    half = longer * int(np.maximum(3 * padded(np.maximum(height, rows)), padded(3 * width)).max())
+    turned = int(np.maximum(height, 3 * width).max()) * padded(longer)
     return Room(
         columns=int((3 * width * padded(height)).max()) + SLACK,
         half=max(half, planes, 3 * bordered) + SLACK,
         turned=max(turned, 4 * bordered) + SLACK,
         planes=planes,
-        firsts=2 * size,
-        counts=2 * size,
-        weights=max(2 * size * taps, 4 * size + 2),
-        line=max(2 * (3 * size + SLACK), LINES_OF_A_PAIR * 3 * size),
-        across=size * size + SLACK,
+        firsts=rows + across,
+        counts=rows + across,
+        weights=max((rows + across) * taps, 4 * longer + 2),
+        line=max(2 * (3 * longer + SLACK), LINES_OF_A_PAIR * 3 * across),
+        across=rows * across + SLACK,
         histogram=HISTOGRAM,
         table=LEVELS,
-        offsets=size + LANES,
-        parts=2 * (size + LANES),
-        words=(3 * size // 8 + 2) * 4,
+        offsets=longer + LANES,
+        parts=2 * (longer + LANES),
+        words=(3 * across // 8 + 2) * 4,
         picture=int((3 * height * width).max()),
     )
 

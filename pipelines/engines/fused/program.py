@@ -30,6 +30,7 @@ from headrace.pipelines.ops import (
     RandomResizedCrop,
     Resize,
     Solarize,
+    height_and_width,
 )
 from headrace.pipelines.plan import Columns, Plan
 from headrace.pipelines.recipe import Augmentation, View
@@ -63,15 +64,16 @@ class Layout:
     """The views of a recipe in the order of `flat_views`, and where they lie in a batch.
 
     finished: whether they come out as `device_stage` makes them, and not as uint8.
-    sizes: side of each view in pixels. reaches: 2 for bicubic, 1 for bilinear. steps: room in every
-    view's chain. fills: uint8 [V, steps, 3], what comes in from outside where a step turns a view.
-    scale_bias: the normalisation, as `device_stage` has it. boxes: most that are erased of a view.
-    noisy: bool [V], where that is by noise. quantiles: of the noise, empty where there is none.
+    shapes: int64 [V, 2], height and width of each view in pixels. reaches: 2 for bicubic, 1 for
+    bilinear. steps: room in every view's chain. fills: uint8 [V, steps, 3], what comes in from
+    outside where a step turns a view. scale_bias: the normalisation, as `device_stage` has it.
+    boxes: most that are erased of a view. noisy: bool [V], where that is by noise. quantiles: of
+    the noise, empty where there is none.
     """
 
     views: tuple[View, ...]
     finished: bool
-    sizes: NDArray[np.int64]
+    shapes: NDArray[np.int64]
     reaches: NDArray[np.int64]
     steps: int
     fills: NDArray[np.uint8]
@@ -100,7 +102,7 @@ class Layout:
         return cls(
             views=views,
             finished=finished,
-            sizes=np.array([view.size for view in views], np.int64),
+            shapes=np.array([view.shape for view in views], np.int64),
             reaches=np.array([_reach(view) for view in views], np.int64),
             steps=steps,
             fills=fills,
@@ -112,7 +114,7 @@ class Layout:
 
     def starts(self, samples: int) -> tuple[NDArray[np.int64], int]:
         """First element of each view's [B, H, W, 3] block, tile by tile, and of what follows."""
-        lengths = samples * self.sizes**2 * 3
+        lengths = samples * self.shapes.prod(axis=1) * 3
         ends = np.cumsum(-(-lengths // TILE) * TILE)
         return np.concatenate([[0], ends[:-1]]), int(ends[-1])
 
@@ -120,11 +122,11 @@ class Layout:
         """The blocks in one flat array as [B, 3, H, W] tensors with channels-last strides."""
         whole = torch.from_numpy(finished)
         return tuple(
-            whole[start : start + samples * size * size * 3]
-            .view(samples, size, size, 3)
+            whole[start : start + samples * height * width * 3]
+            .view(samples, height, width, 3)
             .permute(0, 3, 1, 2)
-            for start, size in zip(
-                self.starts(samples)[0].tolist(), self.sizes.tolist(), strict=True
+            for start, (height, width) in zip(
+                self.starts(samples)[0].tolist(), self.shapes.tolist(), strict=True
             )
         )
 
@@ -156,7 +158,7 @@ def lower(layout: Layout, plan: Plan) -> Program:
     """The program of a batch. Raises PlanError where its samples are not mixed in pairs."""
     samples, views = len(plan), len(layout.views)
     program = Program(
-        sizes=layout.sizes,
+        shapes=layout.shapes,
         starts=layout.starts(samples)[0],
         reaches=layout.reaches,
         geometries=np.zeros((samples, views, 8), np.int32),
@@ -189,7 +191,7 @@ def lower(layout: Layout, plan: Plan) -> Program:
             _chain(
                 op,
                 draws,
-                view.size,
+                min(view.shape),
                 program.codes[:, index, used],
                 program.numbers[:, index, used],
                 program.radii[:, index, used],
@@ -227,7 +229,7 @@ def _partners(mix: Columns) -> NDArray[np.int64]:
 def _chain(
     op: Op,
     draws: Columns,
-    size: int,
+    shorter_side: int,
     codes: NDArray[np.uint8],
     numbers: NDArray[np.float32],
     radii: NDArray[np.int32],
@@ -257,7 +259,7 @@ def _chain(
                 radius[:] = op.kernel_size // 2
             codes[:, 0] = np.where(sigma > 0, Step.BLUR, Step.NONE)
             numbers[:, 0] = sigma
-            radii[:, 0] = np.minimum(radius, size - 1)
+            radii[:, 0] = np.minimum(radius, shorter_side - 1)
         case RandAugment():
             codes[:] = _OPERATION_STEPS[draws["operation"]]
             numbers[:] = draws["argument"]
@@ -279,7 +281,7 @@ def _geometry(
         match op:
             case RandomResizedCrop():
                 start, length = drawn["box"][:, :2], drawn["box"][:, 2:]
-                full = np.full_like(length, op.size)
+                full = np.full_like(length, height_and_width(op.size))
             case Resize():
                 full = resized_sizes(sizes, op.size)
             case CenterCrop():

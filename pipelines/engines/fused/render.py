@@ -74,8 +74,8 @@ class Step(IntEnum):
 class Program(NamedTuple):
     """What to do with B pictures, V views of each, in at most S steps, and with up to N boxes.
 
-    sizes: int64 [V], the views' sides. starts: int64 [V], where each view's [B, H, W, 3] block
-    begins in the target. reaches: int64 [V], 2 for bicubic, 1 for bilinear.
+    shapes: int64 [V, 2], the views' heights and widths. starts: int64 [V], where each view's
+    [B, H, W, 3] block begins in the target. reaches: int64 [V], 2 for bicubic, 1 for bilinear.
     geometries: int32 [B, V, 8], flips: bool [B, V], see `resample`.
     codes: uint8 [B, V, S] of `Step`; numbers: float32 [B, V, S]; radii: int32 [B, V, S], a blur's
     taps to each side, an affine step's reach. fills: uint8 [V, S, 3], an affine step's colour.
@@ -86,7 +86,7 @@ class Program(NamedTuple):
     weights: float32 [B], cuts: int32 [B, 4], as in Mix.
     """
 
-    sizes: NDArray[np.int64]
+    shapes: NDArray[np.int64]
     starts: NDArray[np.int64]
     reaches: NDArray[np.int64]
     geometries: NDArray[np.int32]
@@ -177,13 +177,15 @@ def _change_colors(code, number, planes, plane, pixels, scratch):
 
 
 @numba.njit(nogil=True, inline="always")
-def _run_chain(codes, numbers, radii, fills, size, scratch):
+def _run_chain(codes, numbers, radii, fills, height, width, scratch):
     planes, copy = scratch.planes, scratch.half
-    plane = plane_length(size)
+    size = width  # of the square that every view with RandAugment is
+    plane = plane_length(height * width)
+    weights, line, across = scratch.weights, scratch.line, scratch.across
     for step in range(codes.size):
         code, number, radius, fill = codes[step], numbers[step], radii[step], fills[step]
         if code == Step.BLUR:
-            blur(planes, plane, size, number, radius, scratch.weights, scratch.line, scratch.across)
+            blur(planes, plane, height, width, number, radius, weights, line, across)
         elif code == Step.SHARPNESS:
             sharpen(planes, plane, size, number, copy)
         elif code == Step.SHEAR_X:
@@ -208,14 +210,14 @@ def _run_chain(codes, numbers, radii, fills, size, scratch):
                 scratch.parts,
             )
         elif code != Step.NONE:
-            _change_colors(code, number, planes, plane, size * size, scratch)
+            _change_colors(code, number, planes, plane, height * width, scratch)
 
 
 @numba.njit(nogil=True, inline="always")
 def _write(program, row, view, scratch, values, pixels):
-    size = program.sizes[view]
-    area = size * size
-    plane = plane_length(size)
+    width = program.shapes[view, 1]
+    area = program.shapes[view, 0] * width
+    plane = plane_length(area)
     red = scratch.planes[:area]
     green = scratch.planes[plane : plane + area]
     blue = scratch.planes[2 * plane : 2 * plane + area]
@@ -230,7 +232,7 @@ def _write(program, row, view, scratch, values, pixels):
         write_floats(red, green, blue, program.scale_bias, finished)
         erase(
             finished,
-            size,
+            width,
             0,
             program.boxes[row, view],
             program.colors[row, view],
@@ -258,7 +260,7 @@ def _compiled(sources: str) -> tuple[Any, Any]:
         _ = sources
         geometries = program.geometries[row]
         top, bottom, left, right = height, 0, width, 0
-        for view in range(program.sizes.size):
+        for view in range(program.starts.size):
             box = geometries[view]
             top, bottom = min(top, box[0]), max(bottom, box[0] + box[1])
             left, right = min(left, box[4]), max(right, box[4] + box[5])
@@ -274,8 +276,8 @@ def _compiled(sources: str) -> tuple[Any, Any]:
             3 * left * stride + top,
             stride,
         )
-        for view in range(program.sizes.size):
-            size = program.sizes[view]
+        for view in range(program.starts.size):
+            rows, across = program.shapes[view, 0], program.shapes[view, 1]
             resample(
                 source,
                 first,
@@ -284,7 +286,8 @@ def _compiled(sources: str) -> tuple[Any, Any]:
                 stride,
                 geometries[view],
                 program.flips[row, view],
-                size,
+                rows,
+                across,
                 program.reaches[view],
                 scratch.firsts,
                 scratch.counts,
@@ -295,7 +298,7 @@ def _compiled(sources: str) -> tuple[Any, Any]:
             )
             codes, numbers = program.codes[row, view], program.numbers[row, view]
             radii, fills = program.radii[row, view], program.fills[view]
-            _run_chain(codes, numbers, radii, fills, size, scratch)
+            _run_chain(codes, numbers, radii, fills, rows, across, scratch)
             _write(program, row, view, scratch, values, pixels)
 
     @numba.njit(nogil=True, cache=True)

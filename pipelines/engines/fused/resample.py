@@ -91,9 +91,12 @@ def _used(firsts, counts, at, size):
 
 
 @numba.njit(nogil=True)
-def plane_length(size):
-    """Bytes from one channel of a planar view to the next: whole tiles, with room behind."""
-    return (size * size + 2 * TILE - 1) // TILE * TILE
+def plane_length(area):
+    """Bytes from one channel of a planar view to the next: whole tiles, with room behind.
+
+    area: the view's pixels.
+    """
+    return (area + 2 * TILE - 1) // TILE * TILE
 
 
 @numba.njit(nogil=True)
@@ -105,7 +108,8 @@ def resample(
     columns_stride,
     geometry,
     flip,
-    size,
+    rows,
+    across,
     reach,
     firsts,
     counts,
@@ -114,31 +118,33 @@ def resample(
     turned,
     planes,
 ):
-    """A `size` x `size` view, planar, out of a picture that is there twice: in rows and turned.
+    """A view, planar, out of a picture that is there twice: in rows and turned.
+
+    rows, across: the view's height and width.
 
     source: uint8, the interleaved picture, from byte `source_first` on, rows of `source_stride`.
     columns: uint8, the same transposed: row 3 * x + channel holds that byte of every pixel row.
     geometry: int32 [8] = top, height of the source box, height of the whole resized box, first of
     its rows that is in the view; then left, width, width, first column for the other axis.
-    reach: 2 for bicubic, 1 for bilinear. firsts, counts: int32 [2 * size], weights: float32,
-    half, turned: uint8, scratch. planes: uint8, three planes of `plane_length(size)` are written.
+    reach: 2 for bicubic, 1 for bilinear. firsts, counts: int32 [rows + across], weights:
+    float32, half, turned: uint8, scratch. planes: uint8, three of `plane_length` are written.
     """
     top, height, full_height = geometry[0], geometry[1], geometry[2]
     left, width, full_width = geometry[4], geometry[5], geometry[6]
     room = max(most_taps(height, full_height, reach), most_taps(width, full_width, reach))
-    across, down = 0, size
-    filters = (size, reach, room, firsts, counts, weights)
-    _axis_weights(width, full_width, geometry[7], across, *filters)
-    _axis_weights(height, full_height, geometry[3], down, *filters)
-    plane = plane_length(size)
-    turned_stride = padded_stride(size)
+    filters = (reach, room, firsts, counts, weights)
+    # Those of the columns come first, those of the rows `across` further on.
+    _axis_weights(width, full_width, geometry[7], 0, across, *filters)
+    _axis_weights(height, full_height, geometry[3], across, rows, *filters)
+    plane = plane_length(rows * across)
     # Pillow 13's rule; older ones always begin with the columns, which rounds differently.
     if height > full_height and height - full_height > 2 * (width - full_width):
-        low, high = _used(firsts, counts, across, size)
+        low, high = _used(firsts, counts, 0, across)
         used = 3 * (high - low)
         stride = padded_stride(used)
-        for y in range(size):
-            at = down + y
+        turned_stride = padded_stride(rows)
+        for y in range(rows):
+            at = across + y
             weigh_row_inside(
                 source,
                 source_first + (top + firsts[at]) * source_stride + 3 * (left + low),
@@ -150,9 +156,9 @@ def resample(
                 y * stride,
                 used,
             )
-        transpose(half, 0, stride, size, used, turned, 0, turned_stride)
-        for x in range(size):
-            to = size - 1 - x if flip else x
+        transpose(half, 0, stride, rows, used, turned, 0, turned_stride)
+        for x in range(across):
+            to = across - 1 - x if flip else x
             for channel in range(3):
                 weigh_row(
                     turned,
@@ -162,17 +168,18 @@ def resample(
                     x * room,
                     counts[x],
                     half,
-                    (channel * size + to) * turned_stride,
-                    size,
+                    (channel * across + to) * turned_stride,
+                    rows,
                 )
         for channel in range(3):
-            first = channel * size * turned_stride
-            transpose(half, first, turned_stride, size, size, planes, channel * plane, size)
+            first = channel * across * turned_stride
+            transpose(half, first, turned_stride, across, rows, planes, channel * plane, across)
         return
-    low, high = _used(firsts, counts, down, size)
+    low, high = _used(firsts, counts, across, rows)
     stride = padded_stride(high - low)
-    for x in range(size):
-        to = size - 1 - x if flip else x
+    turned_stride = padded_stride(across)
+    for x in range(across):
+        to = across - 1 - x if flip else x
         for channel in range(3):
             weigh_row(
                 columns,
@@ -182,14 +189,14 @@ def resample(
                 x * room,
                 counts[x],
                 half,
-                (channel * size + to) * stride,
+                (channel * across + to) * stride,
                 high - low,
             )
     for channel in range(3):
-        first = channel * size * stride
-        transpose(half, first, stride, size, high - low, turned, 0, turned_stride)
-        for y in range(size):
-            at = down + y
+        first = channel * across * stride
+        transpose(half, first, stride, across, high - low, turned, 0, turned_stride)
+        for y in range(rows):
+            at = across + y
             weigh_row(
                 turned,
                 (firsts[at] - low) * turned_stride,
@@ -198,6 +205,6 @@ def resample(
                 at * room,
                 counts[at],
                 planes,
-                channel * plane + y * size,
-                size,
+                channel * plane + y * across,
+                across,
             )
