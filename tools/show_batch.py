@@ -269,12 +269,13 @@ def _mixing(batch: Batch, row: int) -> tuple[str, ...]:
 
 def _groups(augmentation: Augmentation, engines: Sequence[str] = ("",)) -> list[Group]:
     # One number for all, so that their sizes stay comparable.
-    scale = enlargement(max(view.size for view in augmentation.views))
+    longest = max(max(view.shape) for view in augmentation.views)
+    scale = enlargement(longest)
     # Beside the original's caption there is room, too.
-    room = max(view.size for view in augmentation.views) * scale + CAPTION_HEIGHT
+    room = longest * scale + CAPTION_HEIGHT
     groups = []
     for view in augmentation.views:
-        side = view.size * scale
+        side = max(view.shape) * scale
         heading = view.name + (f" × {view.count}" if view.count > 1 else "")
         if len(engines) == 2:
             at_once, small_print = 3, f"{engines[0]}, {engines[1]}, difference (mean / maximum)"
@@ -297,7 +298,8 @@ def _pictures(mask: Mask | None) -> int:
 
 
 def _small_print(view: View) -> str:
-    pixels = f"{view.size} × {view.size} pixels"
+    height, width = view.shape
+    pixels = f"{height} × {width} pixels"
     match view.mask:
         case None:
             return pixels

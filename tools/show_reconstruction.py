@@ -154,7 +154,7 @@ def hidden(record: Record, batch: Batch) -> NDArray[np.bool_]:
     view, mask = record.augmentation.flat_views[0], batch.masks[0]
     if mask is None or not isinstance(view.mask, RandomMask | BlockMask):
         raise ConfigError(f"{record.directory}: the first view of {record.method} hides nothing")
-    return over_pixels(mask.numpy(), view.size, view.mask)
+    return over_pixels(mask.numpy(), view.shape, view.mask)
 
 
 def columns(seen: Levels, painted: Levels, removed: NDArray[np.bool_]) -> list[Levels]:
@@ -169,7 +169,7 @@ def _sheet(
     view = record.augmentation.flat_views[0]
     seen = levels(batch.views[0], record.augmentation)
     levels_shown = columns(seen, levels(painted, record.augmentation), hidden(record, batch))
-    side = view.size * enlargement(view.size)
+    side = max(view.shape) * enlargement(max(view.shape))
     assert isinstance(view.mask, RandomMask | BlockMask)
     cells = [
         Cell(

@@ -31,17 +31,19 @@ def picture_of(pixels: Levels) -> Image.Image:
     return Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8))
 
 
-def over_pixels(patches: NDArray[np.bool_], pixels: int, kind: Mask) -> NDArray[np.bool_]:
-    """bool [..., N] over patches as bool [..., H, W, 1] over pixels."""
-    side = pixels // kind.patch_pixels
-    rows = patches.reshape(*patches.shape[:-1], side, side).repeat(kind.patch_pixels, -2)
+def over_pixels(
+    patches: NDArray[np.bool_], shape: tuple[int, int], kind: Mask
+) -> NDArray[np.bool_]:
+    """bool [..., N] over patches as bool [..., H, W, 1] over the pixels of `shape`."""
+    grid = [length // kind.patch_pixels for length in shape]
+    rows = patches.reshape(*patches.shape[:-1], *grid).repeat(kind.patch_pixels, -2)
     return rows.repeat(kind.patch_pixels, -1)[..., None]
 
 
 def greyed(picture: Pixels, mask: NDArray[np.bool_], kind: Mask) -> Pixels:
     """A copy of the picture uint8 [H, W, 3] whose removed patches (mask bool [N]) are faint."""
     faint = (picture * 0.15 + MASK_GREY * 0.85).astype(np.uint8)
-    return np.where(over_pixels(mask, len(picture), kind), faint, picture)
+    return np.where(over_pixels(mask, (picture.shape[0], picture.shape[1]), kind), faint, picture)
 
 
 def coloured(picture: Pixels, targets: NDArray[np.bool_], kind: Mask) -> Pixels:
@@ -49,7 +51,9 @@ def coloured(picture: Pixels, targets: NDArray[np.bool_], kind: Mask) -> Pixels:
     result = greyed(picture, np.ones_like(targets[0]), kind)
     for target, colour in zip(targets, cycle(TARGET_COLOURS), strict=False):
         tinted = (picture * 0.6 + np.array(colour) * 0.4).astype(np.uint8)
-        result = np.where(over_pixels(target, len(picture), kind), tinted, result)
+        result = np.where(
+            over_pixels(target, (picture.shape[0], picture.shape[1]), kind), tinted, result
+        )
     return result
 
 

@@ -13,6 +13,7 @@ from headrace.shards.store import Store
 from headrace.training.backbones import EncoderFactory
 from headrace.training.catalogue import find_method
 from headrace.training.inputs import sample_images
+from headrace.training.judged_view import side_pixels
 from headrace.training.method import Facts, Method
 from headrace.training.preset import ConfigError
 from headrace.training.run.directory import CONFIG_FILE, ENCODER_FILE
@@ -36,7 +37,7 @@ def facts_of(
     return Facts(
         num_classes=num_classes,
         train_samples=train_samples,
-        view_pixels=tuple(view.size for view in views),
+        view_pixels=tuple(map(side_pixels, views)),
         batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,

@@ -40,7 +40,7 @@ from headrace.training.data_sets import census_of
 from headrace.training.evaluate_options import parse_evaluate
 from headrace.training.features import FeaturePass
 from headrace.training.inputs import open_labelled
-from headrace.training.judged_view import changed, judged_pixels
+from headrace.training.judged_view import changed, judged_pixels, side_pixels
 from headrace.training.preset import ConfigError
 from headrace.training.protocol import ProtocolError, Result, Subject, find_protocol
 from headrace.training.run.directory import versions
@@ -103,7 +103,7 @@ def build_encoder(
     if options.pixels:
         return nn.Flatten()
     if judged_pixels(test) != judged_pixels(record.test):
-        trained_pixels = tuple(view.size for view in record.augmentation.flat_views)
+        trained_pixels = tuple(map(side_pixels, record.augmentation.flat_views))
         backbone_options = resolve_options(
             record.backbone, record.backbone_options, trained_pixels, judged_pixels(test)
         )

@@ -140,8 +140,8 @@ def extract(
     if parts:
         return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
     # More ranks than samples: an empty share that has the right width.
-    size = feature_pass.views["test"].flat_views[0].size
-    blank = torch.zeros(1, 3, size, size, device=world.device)
+    shape = feature_pass.views["test"].flat_views[0].shape
+    blank = torch.zeros(1, 3, *shape, device=world.device)
     width = _apply(encoder, blank, 1, feature_pass.precision).shape[1]
     none = torch.zeros(0, dtype=torch.int64, device=world.device)
     return Features(none, torch.zeros(0, width, device=world.device), none.clone())

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 from headrace.pipelines.ops import CenterCrop, RandomCrop, RandomResizedCrop, Resize, ViewOp
-from headrace.pipelines.recipe import Augmentation
+from headrace.pipelines.recipe import Augmentation, View
 from headrace.training.preset import Preset, require, require_count
 
 
@@ -84,12 +84,23 @@ def changed(test: Augmentation, change: ViewChange) -> Augmentation:
 
 def judged_pixels(test: Augmentation) -> int:
     """Side of the square that is judged."""
-    return test.flat_views[0].size
+    return side_pixels(test.flat_views[0])
 
 
 def largest_pixels(augmentation: Augmentation) -> int:
     """Side of the largest view."""
-    return max(view.size for view in augmentation.flat_views)
+    return max(map(side_pixels, augmentation.flat_views))
+
+
+def side_pixels(view: View) -> int:
+    """Side of a square view. Raises ConfigError for another."""
+    height, width = view.shape
+    require(
+        height == width,
+        f"view {view.name!r} is {height} x {width} pixels; methods take square views, and other "
+        f"shapes are for a loop of your own (headrace.pipelines.open_loader)",
+    )
+    return height
 
 
 def _resized(test: Augmentation, pixels: int) -> Augmentation:

@@ -38,7 +38,7 @@ from headrace.training.inputs import (
     sample_images,
     with_paths,
 )
-from headrace.training.judged_view import judged_pixels
+from headrace.training.judged_view import judged_pixels, side_pixels
 from headrace.training.meters import Meters
 from headrace.training.method import Method, Progress
 from headrace.training.parallel import model_for
@@ -82,7 +82,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
     steps = total_steps(run, epoch_steps)
 
     # ----------------------------------------------------------------------------------- Method
-    view_pixels = tuple(view.size for view in config.augmentation.flat_views)
+    view_pixels = tuple(map(side_pixels, config.augmentation.flat_views))
     test_pixels = judged_pixels(config.test)
     options = resolve_options(config.backbone, config.backbone_options, view_pixels, test_pixels)
     facts = facts_of(

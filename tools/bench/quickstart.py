@@ -92,7 +92,7 @@ def measured() -> tuple[float, float]:
     # nn.Module.to is typed without memory_format alone.
     network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     view_pixels, test_pixels = (
-        recipe.flat_views[0].size for recipe in (preset.augmentation, preset.test)
+        recipe.flat_views[0].shape[0] for recipe in (preset.augmentation, preset.test)
     )
 
     def step() -> None:

@@ -174,7 +174,7 @@ def _from_run(run: Path, facts: Facts, option: str) -> ClassifierTeacher:
         network,
         mean=test.mean,
         std=test.std,
-        pixels=test.flat_views[0].size,
+        pixels=test.flat_views[0].shape[0],
         facts=facts,
         name=f"{option} {run}",
     )

@@ -25,6 +25,7 @@ from headrace.training.catalogue import MethodModule, find_method
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config
 from headrace.training.data_sets import largest_side_pixels, open_train
+from headrace.training.judged_view import judged_pixels
 from headrace.training.preset import ConfigError
 from headrace.training.run.directory import CONFIG_FILE, ENCODER_FILE
 from headrace.training.run.record import read_metrics, read_record
@@ -106,7 +107,7 @@ class Run:
         """What the pixels of the test view are called as a baseline; the last digit of a mean or a
         deviation changes nothing. None for a view that enlarges the images."""
         test = self.config.test
-        size = test.flat_views[0].size
+        size = judged_pixels(test)
         if size > largest_side_pixels(open_train(self.bench.data)):
             return None
         as_stored = test.mean == (0, 0, 0) and test.std == (1, 1, 1)
@@ -297,7 +298,7 @@ def _untrained_file(run: Run) -> Path:
     """
     record, train = read_record(run.directory), open_train(run.bench.data)
     encoder = untrained_encoder(record, train).eval()
-    size = record.test.flat_views[0].size
+    size = judged_pixels(record.test)
     noise = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         values = [*encoder.state_dict().values(), encoder(noise)]

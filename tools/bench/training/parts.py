@@ -5,6 +5,7 @@ engine itself with a recipe that leaves it little else to do; the copies to a CU
 written, but have not been run on one yet.
 """
 
+import math
 import os
 import re
 import time
@@ -118,7 +119,7 @@ def transfer_alone(config: Config, engine: str, bytes_per_image: float) -> float
     if device.type != "cuda":
         return None
     if engine != "dali":
-        bytes_per_image = 3 * sum(view.size**2 for view in config.augmentation.flat_views)
+        bytes_per_image = 3 * sum(math.prod(view.shape) for view in config.augmentation.flat_views)
     images = config.data.batch_size // config.run.accumulate
     host = torch.empty(int(bytes_per_image * images), dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(host, device=device)
