@@ -177,8 +177,9 @@ def _change_colors(code, number, planes, plane, pixels, scratch):
 
 
 @numba.njit(nogil=True, inline="always")
-def _run_chain(codes, numbers, radii, fills, height, width, scratch):
+def _run_chain(codes, numbers, radii, fills, shape, scratch):
     planes, copy = scratch.planes, scratch.half
+    height, width = shape[0], shape[1]
     size = width  # of the square that every view with RandAugment is
     plane = plane_length(height * width)
     weights, line, across = scratch.weights, scratch.line, scratch.across
@@ -277,7 +278,7 @@ def _compiled(sources: str) -> tuple[Any, Any]:
             stride,
         )
         for view in range(program.starts.size):
-            rows, across = program.shapes[view, 0], program.shapes[view, 1]
+            shape = program.shapes[view]
             resample(
                 source,
                 first,
@@ -286,8 +287,7 @@ def _compiled(sources: str) -> tuple[Any, Any]:
                 stride,
                 geometries[view],
                 program.flips[row, view],
-                rows,
-                across,
+                shape,
                 program.reaches[view],
                 scratch.firsts,
                 scratch.counts,
@@ -298,7 +298,7 @@ def _compiled(sources: str) -> tuple[Any, Any]:
             )
             codes, numbers = program.codes[row, view], program.numbers[row, view]
             radii, fills = program.radii[row, view], program.fills[view]
-            _run_chain(codes, numbers, radii, fills, rows, across, scratch)
+            _run_chain(codes, numbers, radii, fills, shape, scratch)
             _write(program, row, view, scratch, values, pixels)
 
     @numba.njit(nogil=True, cache=True)

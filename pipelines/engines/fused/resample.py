@@ -108,8 +108,7 @@ def resample(
     columns_stride,
     geometry,
     flip,
-    rows,
-    across,
+    shape,
     reach,
     firsts,
     counts,
@@ -120,7 +119,7 @@ def resample(
 ):
     """A view, planar, out of a picture that is there twice: in rows and turned.
 
-    rows, across: the view's height and width.
+    shape: int64 [2], the view's height and width.
 
     source: uint8, the interleaved picture, from byte `source_first` on, rows of `source_stride`.
     columns: uint8, the same transposed: row 3 * x + channel holds that byte of every pixel row.
@@ -129,6 +128,7 @@ def resample(
     reach: 2 for bicubic, 1 for bilinear. firsts, counts: int32 [rows + across], weights:
     float32, half, turned: uint8, scratch. planes: uint8, three of `plane_length` are written.
     """
+    rows, across = shape[0], shape[1]
     top, height, full_height = geometry[0], geometry[1], geometry[2]
     left, width, full_width = geometry[4], geometry[5], geometry[6]
     room = max(most_taps(height, full_height, reach), most_taps(width, full_width, reach))
