@@ -100,10 +100,10 @@ def test_backbone_options_belong_to_the_presets_backbone() -> None:
     line = "--method supervised --preset imagenet"
     assert parse(line).backbone_options == {"zero_init_last": False}
     assert parse(f"{line} --backbone resnet18").backbone_options == {}
-    config = parse(f"{line} --backbone-options drop_path_rate=0.5 global_pool=avg")
+    config = parse(f"{line} --backbone-options drop_rate=0.5 global_pool=avg")
     assert config.backbone_options == {
         "zero_init_last": False,
-        "drop_path_rate": 0.5,
+        "drop_rate": 0.5,
         "global_pool": "avg",
     }
 

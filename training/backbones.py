@@ -11,40 +11,87 @@ import torch
 from torch import Tensor, nn
 
 from headrace.training import encoders  # noqa: F401  (registers them with timm)
-from headrace.training.preset import ConfigError
+from headrace.training.preset import ConfigError, require
 
 
 def resolve_options(
-    name: str, options: Mapping[str, Any], view_pixels: tuple[int, ...], test_pixels: int
+    name: str,
+    options: Mapping[str, Any],
+    view_pixels: tuple[int, ...],
+    test_pixels: int,
+    *,
+    needed: Mapping[str, Any] | None = None,
+    needed_by: str = "",
 ) -> dict[str, Any]:
     """The timm options of this run: the given ones and what the size of its views asks for.
 
     A model that is built for one size (a ViT) gets `img_size`, the largest training
     view, and `dynamic_img_size` where views (the test view too) differ from it. A
-    convolutional network gets nothing.
-    Raises ConfigError for names and options that timm does not know, and for a model that cannot
-    take views of several sizes.
+    convolutional network gets nothing. needed: options that the method `needed_by` cannot do
+    without.
+    Raises ConfigError for names and options that timm does not know, and for a model that does not
+    make [B, D] of views of each size: an empty picture of each goes through it, without memory.
     """
     check_name(name)
-    accepted = inspect.signature(type(_create_without_memory(name, {})).__init__).parameters
+    require(
+        options.get("in_chans", 3) == 3,
+        f"--backbone-options in_chans={options.get('in_chans')}: pictures have three channels, "
+        f"grey ones too; leave the option out",
+    )
+    kind = type(_create_without_memory(name, {}))
+    accepted = inspect.signature(kind.__init__).parameters
+    if missing := [option for option in needed or {} if option not in accepted]:
+        raise ConfigError(
+            f"{needed_by} needs a plain ViT of timm (vit_* of class VisionTransformer), and "
+            f"{name!r} is a {kind.__name__}, which has no option {missing[0]}"
+        )
     resolved = dict(options)
-    if "img_size" not in accepted:
-        _create_without_memory(name, resolved)
-        return resolved
-    resolved.setdefault("img_size", max(view_pixels))
-    sizes = sorted({*view_pixels, test_pixels, resolved["img_size"]})
-    if len(sizes) > 1 and "dynamic_img_size" in accepted:
+    if "img_size" in accepted:
+        resolved.setdefault("img_size", max(view_pixels))
+    sizes = sorted({*view_pixels, test_pixels})
+    several = sizes != [resolved.get("img_size", sizes[0])]
+    if several and "img_size" in accepted and "dynamic_img_size" in accepted:
         resolved.setdefault("dynamic_img_size", True)
     encoder = _create_without_memory(name, resolved).eval()
-    for pixels in sizes if len(sizes) > 1 else []:
-        try:
-            encoder(torch.empty(1, 3, pixels, pixels, device="meta"))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"backbone {name!r}, made for {resolved['img_size']} pixels, cannot take views of "
-                f"{pixels} ({error}): take another backbone, or views of one size"
-            ) from error
+    for pixels in sizes:
+        _try_view(encoder, name, pixels)
     return resolved
+
+
+def _try_view(encoder: nn.Module, name: str, pixels: int) -> None:
+    """Raises ConfigError unless an encoder without memory makes [B, D] of [B, 3, pixels, pixels]
+    and looks at all of it."""
+    where = f"backbone {name!r} cannot take views of {pixels} pixels"
+    patch = _patch_pixels(encoder)
+    require(
+        patch is None or pixels % patch == 0,
+        f"{where}, which are no multiple of its patches of {patch} pixels: the rest would never be "
+        f"seen; take views of {pixels // (patch or 1) * (patch or 1) or patch}",
+    )
+    try:
+        features = encoder(torch.empty(2, 3, pixels, pixels, device="meta"))
+    except NotImplementedError:
+        return  # something in it needs memory: there is nothing to be learnt here
+    except Exception as error:  # whatever a model of timm's raises
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        raise ConfigError(
+            f"{where} ({reason}): take another backbone, or views it takes"
+        ) from error
+    shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+    require(
+        isinstance(features, Tensor) and features.ndim == 2,
+        f"backbone {name!r} with these options gives {shape} and not one vector per image: leave "
+        f"out features_only and an empty global_pool",
+    )
+
+
+def _patch_pixels(encoder: nn.Module) -> int | None:
+    """Side of the patches that a ViT cuts its views into; None for others and for padded views."""
+    embed = getattr(encoder, "patch_embed", None)
+    patch = getattr(embed, "patch_size", None)
+    if patch is None or getattr(embed, "dynamic_img_pad", False):
+        return None
+    return int(patch[0] if isinstance(patch, tuple) else patch)
 
 
 def _create_without_memory(name: str, options: Mapping[str, Any]) -> nn.Module:
@@ -115,7 +162,23 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
         shown = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
         raise ConfigError(f"timm cannot build {name!r} with {shown}: {error}") from error
     # nn.Module.to is typed without memory_format alone.
-    return encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    encoder = encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d) and _breaks_channels_last(module):
+            module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
+            module.register_forward_pre_hook(_contiguous_input)
+    return encoder
+
+
+def _breaks_channels_last(convolution: nn.Conv2d) -> bool:
+    """Whether torch (2.14, oneDNN) writes beside its memory in the backward pass on a CPU: of 1 x 1
+    convolutions with a stride, of less than 16 channels, channels last (FastViT's first layer)."""
+    small = convolution.kernel_size == (1, 1) and convolution.in_channels < 16
+    return small and convolution.groups == 1 and convolution.stride != (1, 1)
+
+
+def _contiguous_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.contiguous() for tensor in inputs)
 
 
 def _load(encoder: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:

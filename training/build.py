@@ -1,6 +1,7 @@
 """From names and numbers to a method with its weights: to train it, or to judge its encoder."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -10,16 +11,32 @@ from torch import Tensor, nn
 
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.store import Store
-from headrace.training.backbones import EncoderFactory
+from headrace.training.backbones import EncoderFactory, resolve_options
 from headrace.training.catalogue import find_method
+from headrace.training.config import Config
 from headrace.training.inputs import sample_images
-from headrace.training.judged_view import side_pixels
+from headrace.training.judged_view import judged_pixels, side_pixels
 from headrace.training.method import Facts, Method
 from headrace.training.preset import ConfigError
 from headrace.training.run.directory import CONFIG_FILE, ENCODER_FILE
 from headrace.training.run.export import read_initial
 from headrace.training.run.record import Record
 from headrace.training.subset import read_subset
+
+
+def with_backbone(config: Config) -> Config:
+    """The configuration with the options of its backbone resolved, as `resolve_options` does and
+    refuses: names are checked before anything is opened."""
+    method = find_method(config.method)
+    options = resolve_options(
+        config.backbone,
+        config.backbone_options,
+        tuple(map(side_pixels, config.augmentation.flat_views)),
+        judged_pixels(config.test),
+        needed=method.backbone_options,
+        needed_by=config.method,
+    )
+    return replace(config, backbone_options=options)
 
 
 def facts_of(

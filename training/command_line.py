@@ -32,7 +32,7 @@ from headrace.training.config import Config, Data, Run, parse_approximations
 from headrace.training.invocation import as_typed
 from headrace.training.judged_view import ViewChange, changed, following, require_normalisation
 from headrace.training.near_options import near_option
-from headrace.training.preset import ConfigError, Optim, Preset, nearest
+from headrace.training.preset import ConfigError, Optim, Preset, nearest, require_own_option
 
 
 def parse_command_line(
@@ -69,7 +69,10 @@ def parse_command_line(
 
     preset_name, preset = find_preset(method, chosen.preset, largest_side)
     given = _parse_options(method, preset_name, preset, arguments)
-    return _resolve(method, preset_name, preset, given)
+    names = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    return _resolve(
+        method, preset_name, preset, given, batch_size_given="--data.batch-size" in names
+    )
 
 
 def _parse_options(
@@ -289,7 +292,9 @@ def _augmented(augmentation: Augmentation, given: Any) -> Augmentation:
     )
 
 
-def _resolve(method: Declaration, preset_name: str, preset: Preset, given: Any) -> Config:
+def _resolve(
+    method: Declaration, preset_name: str, preset: Preset, given: Any, *, batch_size_given: bool
+) -> Config:
     run: Run = given.run
     if run.epochs is None and run.steps is None:
         run = replace(run, epochs=preset.epochs)
@@ -297,7 +302,9 @@ def _resolve(method: Declaration, preset_name: str, preset: Preset, given: Any) 
     # The preset's options belong to its backbone; another one starts with its own defaults.
     if given.backbone == preset.backbone:
         options |= preset.backbone_options
-    options |= dict(_parse_backbone_option(text) for text in given.backbone_options)
+    asked = dict(_parse_backbone_option(text) for text in given.backbone_options)
+    require_own_option(given.objective, asked)
+    options |= asked
     try:
         augmentation = _augmented(preset.augmentation, given.augmentation)
     except RecipeError as error:
@@ -314,6 +321,7 @@ def _resolve(method: Declaration, preset_name: str, preset: Preset, given: Any) 
         objective=given.objective,
         augmentation=augmentation,
         test=changed(following(preset, augmentation), given.test),
+        batch_size_given=batch_size_given,
     )
 
 

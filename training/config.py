@@ -120,7 +120,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Config:
-    """A run, resolved: every default filled in, every name found."""
+    """A run, resolved: every default filled in, every name found.
+
+    batch_size_given: whether it was asked for; a preset's gives way to a small training set.
+    """
 
     method: str
     preset: str
@@ -133,10 +136,12 @@ class Config:
     objective: Any
     augmentation: Augmentation
     test: Augmentation
+    batch_size_given: bool = True
 
     def declaration(self) -> dict[str, Any]:
         """JSON-ready and complete: what RUN/config.json holds under "config"."""
         declared = _plain(asdict(self))
+        del declared["batch_size_given"]
         declared["augmentation"] = _plain(self.augmentation.declaration())
         declared["test"] = _plain(self.test.declaration())
         return declared

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headrace.pipelines.loader import Loader, open_loader
+from headrace.pipelines.order import Order
 from headrace.pipelines.recipe import Augmentation
 from headrace.shards.cores import threads_per_rank, usable_cores
 from headrace.shards.local import local_path
@@ -19,10 +20,44 @@ from headrace.training.class_numbers import numbered_alike, unlabelled
 from headrace.training.config import Config
 from headrace.training.data_sets import open_train, root_with_val
 from headrace.training.features import FeaturePass
-from headrace.training.preset import ConfigError
+from headrace.training.preset import ConfigError, require
 from headrace.training.world import World
 
 _SAMPLE_BATCHES, _SAMPLE_BATCH = 16, 128
+
+
+def fitted_batch(
+    config: Config, store: Store, subset: NDArray[np.int64] | None, world_size: int
+) -> tuple[Config, list[str]]:
+    """(the configuration, what became of it in a sentence, if anything): a preset's batch that is larger
+    than the training set becomes the largest power of two, times what has to be whole, that fits.
+
+    Raises ConfigError for a batch that was asked for, and where not even the smallest one fits.
+    """
+    data, group = config.data, config.augmentation.group
+    samples = Order(len(store), 1, holdout=data.holdout, subset=subset).epoch_length
+    unit = group * config.run.accumulate * world_size
+    if data.batch_size <= samples:
+        return config, []
+    most = samples // unit * unit
+    require(
+        most > 0,
+        f"there are {samples:,} images to train on, too few for one batch: it holds whole groups "
+        f"of {group} (--augmentation.group) for each of {config.run.accumulate} micro-batch(es) of "
+        f"{world_size} process(es)",
+    )
+    require(
+        not config.batch_size_given,
+        f"--data.batch-size {data.batch_size} is more than the {samples:,} images that there are "
+        f"to train on: at most {most}",
+    )
+    batch_size = unit << (samples // unit).bit_length() - 1
+    follows = "; the learning rate goes with it" if config.optim.scale_with_batch else ""
+    said = (
+        f"batches of {batch_size}, not the preset's {data.batch_size}, as there are {samples:,} "
+        f"images{follows} (--data.batch-size)"
+    )
+    return replace(config, data=replace(data, batch_size=batch_size)), [said]
 
 
 def open_training_loader(

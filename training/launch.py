@@ -79,13 +79,14 @@ def _check_devices(ranks: int, device: str) -> None:
 
 def _check_shares(config: Config, ranks: int) -> None:
     """Raises a UserError where so many ranks cannot share this stream: said once, not by each."""
-    from headrace.training.inputs import open_training_loader
+    from headrace.training.inputs import fitted_batch, open_training_loader
     from headrace.training.subset import read_subset
     from headrace.training.world import World
 
     store = open_train(config.data.train)
     world = World(size=ranks, local_size=ranks)
     subset = read_subset(config.data.subset, store)
+    config, _ = fitted_batch(config, store, subset, ranks)
     open_training_loader(config, store, subset, world, "synthetic").close()
 
 

@@ -118,6 +118,8 @@ class Method(nn.Module):
     """
 
     encoder: nn.Module
+    least_samples: int = 1
+    """Samples, over all ranks, that `objective` has to see at once to mean anything."""
 
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Networks only: batch -> embeddings, whose first axis is this rank's samples.
@@ -155,6 +157,10 @@ class Method(nn.Module):
     def phases(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by phase, in the order in which a step runs them; `MAIN_PHASE` is one."""
         return {MAIN_PHASE: [p for p in self.parameters() if p.requires_grad]}
+
+    def before_run(self) -> None:
+        """Before anything else of a run, resumed or not: opens what training needs and judging does
+        not, so that a wrong name is found at once."""
 
     def before_epoch(self, context: Context, progress: Progress) -> None: ...
 

@@ -7,7 +7,7 @@ of them and replaces single values; what comes out is a `config.Config`.
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from headrace.pipelines.recipe import Augmentation
@@ -104,6 +104,17 @@ class Optim:
             "final_weight_decay",
         )
         require_positive("optim", self, "clip_norm")
+
+
+def require_own_option(objective: Any, given: Mapping[str, Any]) -> None:
+    """Raises ConfigError for stochastic depth as an option of the backbone, where the method has
+    its own: given to every network, it would make a teacher random."""
+    if "drop_path_rate" in given and "drop_path" in {entry.name for entry in fields(objective)}:
+        rate = given["drop_path_rate"]
+        raise ConfigError(
+            f"--backbone-options drop_path_rate={rate}: say --objective.drop-path {rate}, which "
+            f"reaches the networks that are trained alone"
+        )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ if __name__ == "__main__":
     launch.train()
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,8 @@ from headrace.pipelines.compiling import told_of_compiling
 from headrace.pipelines.loader import Loader
 from headrace.shards.store import Store
 from headrace.training import optim
-from headrace.training.backbones import resolve_options
 from headrace.training.blocks import norm
-from headrace.training.build import build_method, facts_of
+from headrace.training.build import build_method, facts_of, with_backbone
 from headrace.training.catalogue import find_method
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config, steps_between, total_steps
@@ -34,14 +32,16 @@ from headrace.training.gradients import cache_sentences
 from headrace.training.guard import Guard, Signals, catch_signals
 from headrace.training.inputs import (
     feature_pass,
+    fitted_batch,
     open_training_loader,
     sample_images,
     with_paths,
 )
-from headrace.training.judged_view import judged_pixels, side_pixels
+from headrace.training.judged_view import judged_pixels
 from headrace.training.meters import Meters
 from headrace.training.method import Method, Progress
 from headrace.training.parallel import model_for
+from headrace.training.requirements import require_runnable
 from headrace.training.run import checkpoint
 from headrace.training.run.directory import begin
 from headrace.training.run.export import timm_config
@@ -57,7 +57,7 @@ from headrace.training.world import World, join, seed_layers
 
 def main(arguments: Sequence[str]) -> int:
     config = parse_command_line(arguments, lambda path: largest_side_pixels(open_train(path)))
-    config, out = with_paths(config)
+    config, out = with_paths(with_backbone(config))
     with (
         join(config.run.device) as world,
         catch_signals() as signals,
@@ -71,20 +71,18 @@ def main(arguments: Sequence[str]) -> int:
 
 def train(config: Config, store: Store, out: Path, world: World, signals: Signals) -> int:
     """A whole run, or the rest of one that was stopped. Returns the exit code."""
-    data, run = config.data, config.run
-    before = checkpoint.load(out, world.device, resume=run.resume)
+    before = checkpoint.load(out, world.device, resume=config.run.resume)
 
     # ------------------------------------------------------------------------------------- Data
-    subset = read_subset(data.subset, store)
+    subset = read_subset(config.data.subset, store)
+    config, about_batches = fitted_batch(config, store, subset, world.size)
+    data, run = config.data, config.run
     engine = before["engine"] if before and data.engine == "auto" else data.engine
     loader = open_training_loader(config, store, subset, world, engine)
     epoch_steps = loader.steps_per_epoch
     steps = total_steps(run, epoch_steps)
 
     # ----------------------------------------------------------------------------------- Method
-    view_pixels = tuple(map(side_pixels, config.augmentation.flat_views))
-    test_pixels = judged_pixels(config.test)
-    options = resolve_options(config.backbone, config.backbone_options, view_pixels, test_pixels)
     facts = facts_of(
         config.augmentation,
         num_classes=len(store.classes),
@@ -98,7 +96,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
         config.method,
         config.objective,
         config.backbone,
-        options,
+        config.backbone_options,
         facts,
         run.seed,
         resumed=before is not None,
@@ -108,6 +106,8 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
         ),
     )
     method.to(world.device)
+    require_runnable(config, method, world.size)
+    method.before_run()
     if run.batch_norm == "global":
         norm.convert(method, world)
     model = model_for(method, world, cached=run.gradient_cache)
@@ -124,7 +124,6 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
     evaluate_steps = steps_between(run.evaluate_every, epoch_steps) or steps
 
     # ------------------------------------------------------------------------ Begin or continue
-    config = replace(config, backbone_options=options)
     fingerprint = config.fingerprint(
         loader.fingerprint, total_steps=steps, precision=context.precision, world_size=world.size
     )
@@ -169,11 +168,15 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
             f"{store.uri}: {len(store)} images, {epoch_steps} steps of {data.batch_size} in an "
             f"epoch, by the {loader.engine_name} engine\n"
             f"step {start} of {steps} on {world.size} x {world.device.type}, "
-            f"peak learning rate {schedule.peak:.3g}, judged at {test_pixels} pixels"
+            f"peak learning rate {schedule.peak:.3g}, judged at {judged_pixels(config.test)} pixels"
         )
         if config.init:
             journal.say(f"--init {config.init}")
-        for sentence in (*validation.sentences, *cache_sentences(method, run.gradient_cache)):
+        for sentence in (
+            *about_batches,
+            *validation.sentences,
+            *cache_sentences(method, run.gradient_cache),
+        ):
             journal.say(sentence)
         batches = meters.timed(forever(loader))
         for step in range(start, steps):

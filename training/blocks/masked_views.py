@@ -27,8 +27,14 @@ from headrace.training.preset import ConfigError
 def masked_places(method: str, masks: Sequence[Mask | None], encoder: VisionTransformer) -> int:
     """The most patches that may be masked in a global view. masks: as declared, one per view.
 
-    Raises ConfigError where a global view has no mask, or one over other patches.
+    Raises ConfigError without a class token, and where a global view has no mask, or one over
+    other patches.
     """
+    if encoder.cls_token is None:
+        raise ConfigError(
+            f"{method} compares class tokens, and the backbone has none with these options: leave "
+            f"out --backbone-options class_token=False"
+        )
     global_masks = [mask for mask in masks[:GLOBAL_VIEWS] if mask is not None]
     if len(global_masks) < GLOBAL_VIEWS:
         raise ConfigError(f"{method} needs masks on the augmentation's two global views")

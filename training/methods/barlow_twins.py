@@ -75,6 +75,8 @@ def barlow_twins_loss(correlation: Tensor, off_diagonal_weight: float) -> Tensor
 class BarlowTwins(Method):
     """The encoder and a projection head; no state besides batch norm's."""
 
+    least_samples = 2
+
     def __init__(self, options: Objective, make_encoder: MakeEncoder) -> None:
         super().__init__()
         self.options = options

@@ -138,6 +138,8 @@ class ContextBlock(nn.Module):
 class Cpc(Method):
     """The encoder; per direction a context network and a linear map per distance."""
 
+    least_samples = 2
+
     def __init__(self, options: Objective, network: nn.Module) -> None:
         super().__init__()
         self.options = options

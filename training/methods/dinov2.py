@@ -84,6 +84,8 @@ class Objective:
 class Dinov2(Method):
     """`encoder` and `teacher_heads` follow `student` and `student_heads`, which are trained."""
 
+    least_samples = 2
+
     center: Tensor
     patch_center: Tensor
 

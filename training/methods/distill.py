@@ -68,6 +68,10 @@ class Distill(Method):
         self.register_buffer("teacher_digest", torch.zeros((), dtype=torch.int64))
 
     @override
+    def before_run(self) -> None:
+        self._teacher.on(self.teacher_digest.device)
+
+    @override
     def before_step(self, progress: Progress) -> None:
         self._teacher.check(self.teacher_digest)
 

@@ -78,6 +78,8 @@ def spreading_loss(
 class InvariantSpread(Method):
     """The encoder and one linear layer; no state besides batch norm's."""
 
+    least_samples = 2
+
     def __init__(self, options: Objective, make_encoder: MakeEncoder) -> None:
         super().__init__()
         self.options = options

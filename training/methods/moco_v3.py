@@ -73,6 +73,8 @@ def moco_v3_loss(
 class MocoV3(Method):
     """`teacher` and `teacher_projection` follow `encoder` and `projection`."""
 
+    least_samples = 2
+
     def __init__(self, options: Objective, encoder: nn.Module, teacher: nn.Module) -> None:
         super().__init__()
         self.options = options

@@ -92,6 +92,8 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 class Relic(Method):
     """`teacher` and `teacher_projection` follow `encoder` and `projection`, which are trained."""
 
+    least_samples = 2
+
     def __init__(self, options: Objective, make_encoder: MakeEncoder) -> None:
         super().__init__()
         self.options = options

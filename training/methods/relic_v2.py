@@ -113,6 +113,8 @@ def without_background(view: Tensor, saliency: Tensor, chosen: Tensor, grey: Ten
 class RelicV2(Method):
     """`teacher` and `teacher_projection` follow `encoder` and `projection`, which are trained."""
 
+    least_samples = 2
+
     def __init__(self, options: Objective, make_encoder: MakeEncoder, large: int) -> None:
         """large: how many of the views, the first ones, are large."""
         super().__init__()
