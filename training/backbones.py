@@ -54,14 +54,15 @@ def resolve_options(
         resolved.setdefault("dynamic_img_size", True)
     encoder = _create_without_memory(name, resolved).eval()
     for pixels in sizes:
-        _try_view(encoder, name, pixels)
+        _try_view(encoder, name, pixels, resolved.get("img_size"))
     return resolved
 
 
-def _try_view(encoder: nn.Module, name: str, pixels: int) -> None:
+def _try_view(encoder: nn.Module, name: str, pixels: int, made_for: int | None) -> None:
     """Raises ConfigError unless an encoder without memory makes [B, D] of [B, 3, pixels, pixels]
     and looks at all of it."""
-    where = f"backbone {name!r} cannot take views of {pixels} pixels"
+    made = "" if made_for in (None, pixels) else f", made for {made_for} pixels,"
+    where = f"backbone {name!r}{made} cannot take views of {pixels} pixels"
     patch = _patch_pixels(encoder)
     require(
         patch is None or pixels % patch == 0,

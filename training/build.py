@@ -18,6 +18,7 @@ from headrace.training.inputs import sample_images
 from headrace.training.judged_view import judged_pixels, side_pixels
 from headrace.training.method import Facts, Method
 from headrace.training.preset import ConfigError
+from headrace.training.ranges import require_ranges
 from headrace.training.run.directory import CONFIG_FILE, ENCODER_FILE
 from headrace.training.run.export import read_initial
 from headrace.training.run.record import Record
@@ -85,6 +86,7 @@ def build_method(
     needed. images: for encoders that are fitted to some, as `EncoderFactory` takes them.
     Seeds torch's global generator.
     """
+    require_ranges(objective)
     torch.manual_seed(seed)  # the weights' randomness, equal on every rank
     method = find_method(name)
     initial = None

@@ -32,7 +32,15 @@ from headrace.training.config import Config, Data, Run, parse_approximations
 from headrace.training.invocation import as_typed
 from headrace.training.judged_view import ViewChange, changed, following, require_normalisation
 from headrace.training.near_options import near_option
-from headrace.training.preset import ConfigError, Optim, Preset, nearest, require_own_option
+from headrace.training.preset import (
+    ConfigError,
+    Optim,
+    Preset,
+    nearest,
+    require_effect,
+    require_own_option,
+)
+from headrace.training.ranges import require_ranges
 
 
 def parse_command_line(
@@ -304,6 +312,8 @@ def _resolve(
         options |= preset.backbone_options
     asked = dict(_parse_backbone_option(text) for text in given.backbone_options)
     require_own_option(given.objective, asked)
+    require_ranges(given.objective)
+    require_effect(preset.optim, given.optim)
     options |= asked
     try:
         augmentation = _augmented(preset.augmentation, given.augmentation)

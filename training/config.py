@@ -61,6 +61,11 @@ class Data:
 
     def __post_init__(self) -> None:
         require_count("data", self, "batch_size", "repeated_augmentation", "threads", "prefetch")
+        require_count("data", self, "window_shards")
+        require(
+            self.window_shards == Data.window_shards or self.shuffle == "window",
+            "--data.window-shards means nothing to --data.shuffle full; it is for window",
+        )
         require(
             0 <= self.holdout < 1,
             f"--data.holdout is {self.holdout}; it is a fraction in [0, 1)",

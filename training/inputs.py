@@ -29,8 +29,9 @@ _SAMPLE_BATCHES, _SAMPLE_BATCH = 16, 128
 def fitted_batch(
     config: Config, store: Store, subset: NDArray[np.int64] | None, world_size: int
 ) -> tuple[Config, list[str]]:
-    """(the configuration, what became of it in a sentence, if anything): a preset's batch that is larger
-    than the training set becomes the largest power of two, times what has to be whole, that fits.
+    """(the configuration, what became of it in a sentence, if anything): a preset's batch that is
+    larger than the training set becomes the largest power of two, times what has to be whole, that
+    fits.
 
     Raises ConfigError for a batch that was asked for, and where not even the smallest one fits.
     """

@@ -43,6 +43,11 @@ def require_not_negative(group: str, declared: object, *names: str) -> None:
         require(0 <= value < math.inf, f"{option} is {value}; it must not be negative")
 
 
+def require_fraction(option: str, value: float) -> None:
+    """Raise ConfigError unless it is in [0, 1)."""
+    require(0 <= value < 1, f"{option} is {value}; it must be in [0, 1)")
+
+
 def _given(group: str, declared: object, names: Iterable[str]) -> Iterator[tuple[str, float]]:
     """(option, value) of the fields that are not None."""
     for name in names:
@@ -103,7 +108,56 @@ class Optim:
             "weight_decay",
             "final_weight_decay",
         )
-        require_positive("optim", self, "clip_norm")
+        require_positive("optim", self, "clip_norm", "epsilon", "trust_coefficient", "step_factor")
+        require_fraction("--optim.momentum", self.momentum)
+        for beta in self.betas:
+            require_fraction("each of --optim.betas", beta)
+        for milestone in self.milestones:
+            require(
+                0 < milestone < 1,
+                f"each of --optim.milestones must be in (0, 1), a fraction of the run: "
+                f"{milestone:g} is not; epoch 120 of 200 is 0.6",
+            )
+        require(
+            not self.nesterov or self.momentum > 0,
+            "--optim.nesterov needs --optim.momentum, which is 0",
+        )
+        require(
+            self.schedule != "steps" or len(self.milestones) > 0,
+            "--optim.schedule steps needs --optim.milestones, fractions of the run",
+        )
+
+
+_OF_OPTIMISERS: Mapping[str, tuple[str, ...]] = {
+    "momentum": ("sgd", "lars", "larc"),
+    "nesterov": ("sgd",),
+    "betas": ("adamw", "lamb"),
+    "epsilon": ("adamw", "lamb"),
+    "trust_coefficient": ("lars", "larc"),
+}
+_OF_SCHEDULES: Mapping[str, tuple[str, ...]] = {
+    "milestones": ("steps",),
+    "step_factor": ("steps",),
+    "final_learning_rate": ("cosine",),
+}
+
+
+def require_effect(preset: Optim, given: Optim) -> None:
+    """Raises ConfigError for what was changed in `preset` and has no effect in `given`."""
+    for field_name, users, user in (
+        *((name, users, "name") for name, users in _OF_OPTIMISERS.items()),
+        *((name, users, "schedule") for name, users in _OF_SCHEDULES.items()),
+    ):
+        chosen: str = getattr(given, user)
+        require(
+            getattr(given, field_name) == getattr(preset, field_name) or chosen in users,
+            f"--optim.{field_name.replace('_', '-')} means nothing to --optim.{user} {chosen}; it "
+            f"is for {', '.join(users)}",
+        )
+    require(
+        given.warmup_from == preset.warmup_from or given.warmup_epochs > 0,
+        "--optim.warmup-from means nothing without a warm-up (--optim.warmup-epochs)",
+    )
 
 
 def require_own_option(objective: Any, given: Mapping[str, Any]) -> None:
