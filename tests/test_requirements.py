@@ -14,7 +14,9 @@ from headrace.training.backbones import EncoderFactory, resolve_options
 from headrace.training.build import with_backbone
 from headrace.training.catalogue import find_method, method_names
 from headrace.training.command_line import parse_command_line
-from headrace.training.preset import ConfigError
+from headrace.training.first_words import highest_rate
+from headrace.training.optim import Schedule
+from headrace.training.preset import ConfigError, Optim
 
 TRAIN = Path(training.__file__).parent / "train.py"
 Train = Callable[[str], int]
@@ -156,3 +158,33 @@ def test_a_wrong_teacher_is_found_before_the_first_step(train: Train, tmp_path: 
     with pytest.raises(ConfigError, match="regnety"):
         train(f"--method deit --objective.teacher timm:regnety_999 --run.out {out}")
     assert not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text()
+
+
+# ------------------------------------------------------------------------------------ its length
+
+
+def test_what_lasts_longer_than_the_run_is_said_with_the_rate_that_is_reached(
+    train: Train, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = (
+        "--method dino --backbone test_resnet --data.batch-size 16 --optim.warmup-epochs 10 "
+        f"--objective.freeze-last-layer-epochs 5 --run.log-every 1 --run.out {tmp_path / 'run'}"
+    )
+    assert train(f"{options} --run.steps 3") == 0
+    said = capsys.readouterr().out
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    highest = max(json.loads(line)["learning_rate"] for line in metrics)
+    assert f"peak learning rate {highest:.3g}" in said
+    assert "--optim.warmup-epochs 10 is no shorter than the run of 1 epoch(s)" in said
+    assert f"reaches {highest:.3g}, not" in said
+    assert "--objective.freeze-last-layer-epochs 5 is no shorter than" in said
+    assert "warmup-teacher" not in said
+
+
+def test_the_peak_that_is_said_is_the_highest_rate_of_all_steps() -> None:
+    for changes, steps in (({}, 97), ({"warmup_epochs": 3.0}, 10), ({"warmup_epochs": 0.0}, 5)):
+        for name in ("cosine", "constant"):
+            declared = Optim(schedule=name, warmup_from=1e-3, **changes)  # pyright: ignore[reportArgumentType]
+            schedule = Schedule(declared, 64, steps / 7)
+            every = [schedule.learning_rate_at(step / steps) for step in range(steps)]
+            assert highest_rate(schedule, steps) == max(every)

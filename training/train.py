@@ -28,6 +28,7 @@ from headrace.training.catalogue import find_method
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config, steps_between, total_steps
 from headrace.training.data_sets import census_of, largest_side_pixels, open_train
+from headrace.training.first_words import first_words
 from headrace.training.gradients import cache_sentences
 from headrace.training.guard import Guard, Signals, catch_signals
 from headrace.training.inputs import (
@@ -37,7 +38,6 @@ from headrace.training.inputs import (
     sample_images,
     with_paths,
 )
-from headrace.training.judged_view import judged_pixels
 from headrace.training.meters import Meters
 from headrace.training.method import Method, Progress
 from headrace.training.parallel import model_for
@@ -163,16 +163,8 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
         open_journal(out, world, start=start, total_steps=steps) as journal,
         told_of_compiling(journal.say),
     ):
-        journal.say(
-            f"{config.method}, preset {config.preset}, {config.backbone}: {out}\n"
-            f"{store.uri}: {len(store)} images, {epoch_steps} steps of {data.batch_size} in an "
-            f"epoch, by the {loader.engine_name} engine\n"
-            f"step {start} of {steps} on {world.size} x {world.device.type}, "
-            f"peak learning rate {schedule.peak:.3g}, judged at {judged_pixels(config.test)} pixels"
-        )
-        if config.init:
-            journal.say(f"--init {config.init}")
         for sentence in (
+            *first_words(config, store, loader, schedule, world, start=start, steps=steps),
             *about_batches,
             *validation.sentences,
             *cache_sentences(method, run.gradient_cache),
