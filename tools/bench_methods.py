@@ -11,6 +11,12 @@ metrics decides is fixed in the method's file (JUDGED_BY). Rows are appended to 
 and those that are there are not measured again: a table is made in pieces.
 """
 
+if __name__ == "__main__":
+    from headrace.tools import front
+
+    front.answer(__file__)  # help and mistakes need none of what follows
+
+
 import argparse
 import shutil
 import signal

@@ -9,6 +9,12 @@ model consumes: float32 [B, 3, H, W], normalised, on the CPU. The ceiling above 
 decoding the same files with as many threads, and nothing else.
 """
 
+if __name__ == "__main__":
+    from headrace.tools import front
+
+    front.answer(__file__)  # help and mistakes need none of what follows
+
+
 import argparse
 import json
 import signal

@@ -9,6 +9,12 @@ where a mean is above its limit, and names the row. An engine that needs a named
 measured with it, and the row says so; an approximation is not held to the limits of single ops.
 """
 
+if __name__ == "__main__":
+    from headrace.tools import front
+
+    front.answer(__file__)  # help and mistakes need none of what follows
+
+
 import argparse
 import itertools
 import json
@@ -18,7 +24,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import BytesIO
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -45,7 +51,7 @@ from headrace.tools.result_tables import agreement_table, cell
 from headrace.tools.view_pictures import last_parts
 from headrace.training.data_sets import open_train
 
-COMPARED: tuple[EngineName, ...] = ("fused", "dali")
+COMPARED: Final = ("fused", "dali")
 CPU = torch.device("cpu")
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "pillow", "simplejpeg")
 

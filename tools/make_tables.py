@@ -8,6 +8,12 @@ nothing else; likewise for the other names of `SECTIONS`. A page says with its m
 shows. Of lines for the same thing the last one counts.
 """
 
+if __name__ == "__main__":
+    from headrace.tools import front
+
+    front.answer(__file__)  # help and mistakes need none of what follows
+
+
 import argparse
 import json
 import sys

@@ -9,6 +9,12 @@ back. What a mask removes is greyed; what was erased or pasted is outlined. `--d
 of two engines and, amplified, where they differ.
 """
 
+if __name__ == "__main__":
+    from headrace.tools import front
+
+    front.answer(__file__)  # help and mistakes need none of what follows
+
+
 import argparse
 import sys
 from collections.abc import Iterator, Sequence

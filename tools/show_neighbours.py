@@ -8,6 +8,12 @@ and below, by those of its last checkpoint. Features and nearness are those of t
 is green around the picture's own class and red around others.
 """
 
+if __name__ == "__main__":
+    from headrace.tools import front
+
+    front.answer(__file__)  # help and mistakes need none of what follows
+
+
 import argparse
 import sys
 from collections import Counter

@@ -9,6 +9,12 @@ patches are predicted without their mean and deviation, these are the true ones:
 contrast of a hidden patch are then not the network's merit.
 """
 
+if __name__ == "__main__":
+    from headrace.tools import front
+
+    front.answer(__file__)  # help and mistakes need none of what follows
+
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -37,9 +37,18 @@ def _followed(statements: list[ast.stmt], wanted: set[str]) -> list[ast.stmt]:
             if index not in kept and _changed(statement) & wanted
         }
         if not more:
-            return [statements[index] for index in sorted(kept)]
+            return [_needed_part(statements[index], wanted) for index in sorted(kept)]
         kept |= more
         wanted = wanted.union(*(_used(statements[index]) for index in more))
+
+
+def _needed_part(statement: ast.stmt, wanted: set[str]) -> ast.stmt:
+    """Of `from module import ...` the names that are wanted; anything else whole."""
+    if not isinstance(statement, ast.ImportFrom):
+        return statement
+    names = [entry for entry in statement.names if (entry.asname or entry.name) in wanted]
+    part = ast.ImportFrom(statement.module, names, statement.level)
+    return ast.copy_location(part, statement)
 
 
 def _used(statement: ast.stmt) -> set[str]:
@@ -58,6 +67,8 @@ def _changed(statement: ast.stmt) -> set[str]:
             return {name for target in targets for name in _names(target)}
         case ast.AnnAssign(target=target):
             return _names(target)
+        case ast.If(test=test) if "__name__" in _names(test):
+            return set()  # what a script does when it runs
         case _:  # a call may change what it mentions; an if, a loop or a try may bind it
             return _names(statement)
 
