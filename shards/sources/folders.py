@@ -35,6 +35,7 @@ from headrace.shards.sources.vocabulary import (
 from headrace.shards.sources.walk import Folder
 
 _NAMED = 10
+_LIST_BYTES_AT_MOST = 1 << 28  # what is longer is read where --labels names it
 _WITHOUT = "--layout flat does without labels"
 
 
@@ -163,7 +164,8 @@ def _known_lists(place: Place, around: Sequence[Folder], lone: bool) -> list[Lab
     lists: list[LabelList] = []
     for path in find_lists(named if place.kind == "flat" or lone else "", around):
         try:
-            lists.append(read_labels(path))
+            if path.stat().st_size <= _LIST_BYTES_AT_MOST:
+                lists.append(read_labels(path))
         except ShardError:
             continue  # captions, boxes or names alone; what is not read is said
     return lists

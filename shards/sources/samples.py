@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, assert_never, overload
 
@@ -136,11 +137,17 @@ def _estimate_one(reference: Reference) -> float:
 
                 return os.path.getsize(path) / pyarrow.parquet.read_metadata(path).num_rows
             case ArrayReference(path):
-                return math.prod(open_images(path).shape[1:])
+                return _bytes_per_image(path)
             case _:
                 assert_never(reference)
     except OSError:
         return 0  # reading it will say what is wrong
+
+
+@lru_cache(maxsize=16)
+def _bytes_per_image(path: str) -> int:
+    """Of a file of arrays, which is read whole for it unless it is mapped."""
+    return math.prod(open_images(path).shape[1:])
 
 
 class SampleReader:
