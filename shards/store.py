@@ -349,7 +349,7 @@ def _open_folder(path: Path, wanted: str | Sequence[str] | None, choices: Choice
         recognised = recognise(path, asked, choices)
     except Ambiguous as error:
         raise ShardError(
-            f"{error} (options of make_shards, arguments of open_store; or point at a part of it)"
+            f"{error} (these are options of make_shards, and arguments of open_store)"
         ) from error
     except NothingFound as error:
         shards = sorted(entry.name for entry in path.iterdir() if entry.suffix in _SHARD_ENDINGS)

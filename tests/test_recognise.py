@@ -355,6 +355,12 @@ def test_every_image_is_used_or_counted_and_both_ways_in_agree(tmp_path: Path, n
     assert (unused, used + unused) == (case.unused, images_below(root))
     census = "\n".join(recognised.census())
     assert (f"not used: {unused} image" in census) == bool(unused)
+    for chosen in recognised.splits:
+        if chosen.name:
+            alone = recognise(root, (chosen.name,), case.choices)
+            assert [split.name for split in alone.splits] == [chosen.name]
+            others = sum(count or 0 for count in alone.other_splits.values())
+            assert others + len(chosen.samples) == used
     for split in recognised.splits:
         layout, images = case.choices.layout, case.choices.images
         store = open_store(root, split.name or None, layout=layout, images=images)

@@ -1,6 +1,6 @@
 """What was found at a path: its splits, and every image below it that is not used, with why."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +25,14 @@ class Unused:
 class Recognised:
     """What a path is.
 
-    splits: those that were asked for, listed. other_splits: names of the rest. unused: every image
-    file below the path that is in no split.
+    splits: those that were asked for, listed. other_splits: names of the rest, and how many images
+    they have (None: not counted, as they lie in other files than images). unused: every image file
+    below the path that is in no split.
     """
 
     source: Path
     splits: tuple[SourceSplit, ...]
-    other_splits: tuple[str, ...]
+    other_splits: Mapping[str, int | None]
     unused: tuple[Unused, ...] = ()
 
     @property
@@ -43,7 +44,11 @@ class Recognised:
         """Lines to print before work starts: what was recognised, and what is not used."""
         lines = [_described(split) for split in self.splits]
         if self.other_splits:
-            lines.append(f"not asked for: {', '.join(self.other_splits)}")
+            others = (
+                name if images is None else f"{name} ({images:,} images)"
+                for name, images in self.other_splits.items()
+            )
+            lines.append(f"not asked for: {', '.join(others)}")
         if self.unused:
             total = sum(one.images for one in self.unused)
             lines.append(f"not used: {total:,} image file(s)")

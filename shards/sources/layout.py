@@ -73,6 +73,14 @@ class Place:
     deep: bool = False
 
     @property
+    def images(self) -> int:
+        """How many images the split has."""
+        loose = len(self.folder.images)
+        if self.kind == "innermost" or self.deep:
+            return self.folder.images_below
+        return loose if self.kind == "flat" else self.folder.images_below - loose
+
+    @property
     def class_ids(self) -> tuple[str, ...]:
         """Names of the class folders, sorted; one without images keeps its number."""
         if self.kind == "flat":

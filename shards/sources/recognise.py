@@ -8,7 +8,7 @@ option that decides. The whole tree is listed once, and every image that is not 
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from headrace.shards.index import INDEX_FILE, ShardError
@@ -26,6 +26,7 @@ from headrace.shards.sources.vocabulary import SPLIT_ORDER, SPLITS, split_of
 from headrace.shards.sources.walk import Folder, walk
 from headrace.shards.tar_sets import recognise_tars, refuse_packed
 
+_NOT_COUNTED: Mapping[str, int] = {}
 EXPECTED = (
     "expected one of: a folder with one sub-folder of images per class, at the top or in "
     "train/, val/, test/ at any depth; a folder of images; ImageNet's tars "
@@ -119,7 +120,9 @@ def _look(source: Path, wanted: Sequence[str] | None, choices: Choices) -> Recog
     only = _chosen(names, wanted)
     splits = list_tars(tars, facts, only) if only is None or only in tars else []
     splits += list_places(tree, places, choices, facts, None if only is None else (only,))
-    return Recognised(source, _sorted(splits), _others(names, splits), unused_images(tree, places))
+    counts = {place.split: place.images for place in places}
+    others = _others(names, splits, counts)
+    return Recognised(source, _sorted(splits), others, unused_images(tree, places))
 
 
 def _refuse_shards(source: Path) -> None:
@@ -144,7 +147,7 @@ def _look_at_file(source: Path) -> Recognised:
             splits = _list_tar(source)
         case _:
             splits = []
-    return Recognised(source, tuple(splits), ())
+    return Recognised(source, tuple(splits), {})
 
 
 def _list_tar(source: Path) -> list[SourceSplit]:
@@ -166,9 +169,12 @@ def _sorted(splits: Iterable[SourceSplit]) -> tuple[SourceSplit, ...]:
     return tuple(sorted(splits, key=lambda split: SPLIT_ORDER.index(split.name)))
 
 
-def _others(names: Iterable[str], splits: Iterable[SourceSplit]) -> tuple[str, ...]:
-    listed = {split.name for split in splits}
-    return tuple(name for name in SPLIT_ORDER if name in names and name not in listed)
+def _others(
+    names: Iterable[str], splits: Iterable[SourceSplit], counts: Mapping[str, int] = _NOT_COUNTED
+) -> dict[str, int | None]:
+    """Splits that are not listed, and how many images they have as far as that is known."""
+    left = set(names) - {split.name for split in splits}
+    return {name: counts.get(name) for name in SPLIT_ORDER if name in left}
 
 
 def _files_of(tree: Folder, ending: str) -> list[Path]:
