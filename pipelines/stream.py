@@ -242,7 +242,8 @@ class Stream:
         name = self.store.names(np.array([error.sample_id], dtype=np.int64))[0]
         named = LoaderError(
             f"sample {error.sample_id} ({name!r}) of {self.store.uri} cannot be decoded: "
-            f"{error.reason}; leave it out with a subset, or make the shards again"
+            f"{error.reason}; repair the file, or convert the data set with make_shards, which leaves "
+            "such files out"
         )
         named.__cause__ = error
         return named

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from headrace.shards.beton import read_beton_index
+from headrace.shards.class_numbers import class_numbers
 from headrace.shards.foreign import fingerprint_of, numbered_by, open_folder, open_tars
 from headrace.shards.index import INDEX_FILE, RAW, Index, ShardError, read_index
 from headrace.shards.local import local_path
@@ -425,13 +426,16 @@ def _open_written(path: Path) -> IndexedStore:
 def _open_beton(path: Path) -> IndexedStore:
     rows = read_beton_index(path)
     size_bytes = path.stat().st_size
+    numbers = class_numbers(rows["label"].astype(np.int64))
+    rows["label"] = numbers.labels
     return IndexedStore(
         str(path),
         fingerprint_of([(path.name, size_bytes)], rows, b""),
-        (),
+        numbers.classes,
         np.array([0, len(rows)], np.int64),
         Index(rows, np.zeros(0, np.uint8)),
         MappedFiles((path,), (size_bytes,)),
+        notes=numbers.notes,
     )
 
 

@@ -171,6 +171,8 @@ def scan_tar(path: Path) -> TarScan:
             images.append(TarImage(key, extension, image.offset, image.length, label))
     if not images:
         seen = sorted({extension for members in samples.values() for extension in members})[:10]
+        if seen == ["tar"]:
+            raise ShardError(f"{path} holds tars: convert it with make_shards, or unpack it")
         raise ShardError(
             f"{path} holds no image: members with the extensions {', '.join(IMAGE_EXTENSIONS)} "
             f"are images, found: {', '.join(seen) or 'no member'}"
