@@ -37,6 +37,7 @@ from headrace.pipelines.order import Order, rank_slice
 from headrace.pipelines.recipe import Augmentation
 from headrace.pipelines.table import Table
 from headrace.shards.errors import UserError
+from headrace.shards.index import printable
 from headrace.shards.store import Store
 
 
@@ -241,9 +242,9 @@ class Stream:
             return error
         name = self.store.names(np.array([error.sample_id], dtype=np.int64))[0]
         named = LoaderError(
-            f"sample {error.sample_id} ({name!r}) of {self.store.uri} cannot be decoded: "
-            f"{error.reason}; repair the file, or convert the data set with make_shards, which leaves "
-            "such files out"
+            f"sample {error.sample_id} ({printable(name)!r}) of {self.store.uri} cannot be "
+            f"decoded: {error.reason}; repair the file, or convert the data set with make_shards, "
+            "which leaves such files out"
         )
         named.__cause__ = error
         return named

@@ -94,6 +94,20 @@ def decode_name(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
+def printable(name: str) -> str:
+    """A name on one line, for a terminal or a picture: undecodable bytes and control characters
+    are escaped (\\xe9, \\n)."""
+    return "".join(map(_escaped, name))
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":  # a byte that is no UTF-8, as `decode_name` keeps it
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
 def with_names(rows: NDArray[np.void], names: Iterable[str]) -> tuple[NDArray[np.void], bytes]:
     """A copy of `rows` that points at `names` (one per row), and the bytes of names.bin."""
     encoded = [encode_name(name) for name in names]

@@ -24,6 +24,7 @@ from headrace.shards.index import (
     Record,
     ShardError,
     content_hash,
+    printable,
     read_index,
     write_index,
 )
@@ -91,6 +92,12 @@ def test_index_round_trip(tmp_path: Path) -> None:
     assert not index.rows.flags.writeable
     assert not index.names.flags.writeable
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.npy", "names.bin"]
+
+
+def test_a_name_is_printed_on_one_line_in_any_encoding() -> None:
+    name = os.fsdecode(b"caf\xe9\n\t") + "日本 1.jpg"
+    assert printable(name) == "caf\\xe9\\n\\t日本 1.jpg"
+    printable(name).encode("utf-8", "strict")
 
 
 def test_index_of_1_28_million_samples_opens_at_once(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ STATEMENTS_OF_A_METHOD = 160
 LINES_OF_A_FUNCTION = 60
 LINES_OF_A_FILE = 500
 LONGER = {
-    ("training/train.py", "train"): 160,  # the story of a run, told once
+    ("training/train.py", "train"): 175,  # the story of a run, told once
     ("pipelines/engines/fused/resample.py", "resample"): 100,  # one compiled kernel, inlined
     ("pipelines/loader.py", "open_loader"): 75,  # a signature of 25 lines, handed on by name
     ("tools/bench_methods.py", "_parse"): 80,  # a table of options

@@ -118,6 +118,27 @@ def test_a_bad_image_is_skipped_and_listed(
     assert found[first] != pytest.approx(sound[first], rel=1e-5)
 
 
+def test_a_bad_image_that_is_judged_by_stops_the_run_saved_or_is_left_out(tmp_path: Path) -> None:
+    data, val = write_pictures(tmp_path / "data"), write_pictures(tmp_path / "val")
+    out = tmp_path / "run"
+    cut(val / BAD)
+    options = ("--data.val", str(val), "--run.evaluate-every", "0.5")
+    stopped = run(data, out, 1, *options)
+    assert stopped.returncode == 2
+    assert f"1 image(s) cannot be used: '{BAD}' of {val}" in stopped.stderr
+    step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+    assert f"saved at step {step}: repair" in stopped.stderr
+    went_on = run(data, out, 1, *options, "--data.on-error", "skip")
+    assert went_on.returncode == 0, went_on.stderr
+    assert f"step {step} of 6 on 1 x cpu" in went_on.stdout
+    assert f"1 image(s) cannot be used: '{BAD}' of {val}" in went_on.stdout
+    # 32 of 33 images are judged: each share is a number of them.
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["val_knn_top1"] for line in lines if "val_knn_top1" in line]
+    assert len(shares) == 3
+    assert all(share * 32 == pytest.approx(round(share * 32), abs=1e-6) for share in shares)
+
+
 def test_a_repaired_file_alone_may_change(tmp_path: Path) -> None:
     data = write_pictures(tmp_path / "data")
     whole = cut(data / BAD)

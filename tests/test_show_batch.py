@@ -269,3 +269,10 @@ def test_contradictions_are_refused(
         show_batch.main(["--out", str(tmp_path / "sheet.png"), *arguments])
     assert ended.value.code == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_names_that_no_font_can_draw_are_escaped(contact_sheet: Any) -> None:
+    picture = Image.new("RGB", (32, 32), "red")
+    cell = contact_sheet.Cell(picture, "two\nlines", ("caf\udce9.jpg", "\t"), (picture,), ("a\n",))
+    group = contact_sheet.Group("view", "", 1, 64, 1)
+    assert contact_sheet.contact_sheet([cell], [group], "run\n\udce9").width > 64

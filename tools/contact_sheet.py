@@ -12,6 +12,8 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
+from headrace.shards.index import printable
+
 GAP = 6
 GROUP_GAP = 20
 MARGIN = 16
@@ -69,6 +71,7 @@ def fitting_columns(count: int, side: int, room: int, at_once: int = 1) -> int:
 
 def contact_sheet(cells: Sequence[Cell], groups: Sequence[Group], title: str) -> Image.Image:
     """One row per cell: the original, then a block of pictures per group."""
+    title = printable(title)
     cell_side = max(group.side for group in groups)
     originals = [_fitted(cell.original, cell_side) for cell in cells]
     row_height = GROUP_GAP + max(
@@ -142,7 +145,8 @@ def _text_width(text: str, size: int) -> int:
 
 
 def _cut(text: str, width: int, size: int) -> str:
-    """The text, or as much of its beginning as fits, with dots."""
+    """The text on one line, or as much of its beginning as fits, with dots."""
+    text = printable(text)
     if _text_width(text, size) <= width:
         return text
     while text and _text_width(text + "...", size) > width:

@@ -39,6 +39,7 @@ from headrace.shards.manifest import Manifest
 from headrace.shards.parts import Note
 from headrace.shards.progress import progress_bar
 from headrace.shards.store import Store, open_store
+from headrace.shards.terminal import print_any_name
 from headrace.tools.arguments import decimal, png, positive, whole
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
 from headrace.tools.masks.measures import MEASURES, consensus, measured
@@ -84,6 +85,7 @@ class Job:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    print_any_name()
     options = _parse(arguments)
     try:
         with ThreadPoolExecutor(options.threads) as pool:

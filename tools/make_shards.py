@@ -4,7 +4,6 @@ import argparse
 import shutil
 import sys
 import time
-from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -22,6 +21,7 @@ from headrace.shards.sources import (
 )
 from headrace.shards.sources.layout import Choices, Layout
 from headrace.shards.sources.vocabulary import SPLITS
+from headrace.shards.terminal import print_any_name
 from headrace.shards.workers import open_executor
 from headrace.tools.arguments import positive
 from headrace.training.invocation import as_typed
@@ -54,9 +54,7 @@ examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Convert what the command line names; returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names may be no UTF-8
+    print_any_name()
     options = _parse(arguments)
     source: Path = options.src
     out: Path = options.out or Path("data") / (source.resolve().stem or "images")

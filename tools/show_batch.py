@@ -36,6 +36,7 @@ from headrace.shards.index import ShardError
 from headrace.shards.local import local
 from headrace.shards.pixels import decode_rgb
 from headrace.shards.store import Store
+from headrace.shards.terminal import print_any_name
 from headrace.tools.arguments import png, positive, some_of
 from headrace.tools.contact_sheet import CAPTION_HEIGHT, Cell, Group, contact_sheet, fitting_columns
 from headrace.tools.result_tables import number
@@ -69,6 +70,7 @@ class Request:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    print_any_name()
     options = _parse(arguments)
     try:
         request = _requested(options)

@@ -33,6 +33,7 @@ from headrace.shards.errors import UserError
 from headrace.shards.local import local
 from headrace.shards.pixels import decode_rgb
 from headrace.shards.store import Store
+from headrace.shards.terminal import print_any_name
 from headrace.tools.arguments import positive
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
 from headrace.tools.view_pictures import class_name
@@ -67,6 +68,7 @@ class Compared:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    print_any_name()
     options = _parse(arguments)
     try:
         record = read_record(options.run)

@@ -34,6 +34,7 @@ from headrace.shards.atomic import atomic_file
 from headrace.shards.errors import UserError
 from headrace.shards.local import local
 from headrace.shards.store import Store
+from headrace.shards.terminal import print_any_name
 from headrace.tools.arguments import png, positive
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
 from headrace.tools.view_pictures import (
@@ -62,6 +63,7 @@ class Reconstructs(Protocol):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    print_any_name()
     options = _parse(arguments)
     try:
         record = read_record(options.run)

@@ -5,6 +5,7 @@ import sys
 
 from headrace.shards.errors import UserError
 from headrace.shards.local import local
+from headrace.shards.terminal import print_any_name
 from headrace.shards.verify import verify, written_directories
 from headrace.tools.arguments import positive
 
@@ -22,6 +23,7 @@ PROBLEMS_SHOWN = 50
 
 def main(arguments: list[str] | None = None) -> int:
     """Verify what the command line names; returns the exit code."""
+    print_any_name()
     parser = argparse.ArgumentParser(
         "verify_shards.py",
         description=DESCRIPTION,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from headrace.shards.errors import UserError
+from headrace.shards.terminal import print_any_name
 from headrace.training.environment import is_launched, rank_from_environment
 
 _HEAD_START_SECONDS = 3.0
@@ -18,6 +19,7 @@ def run_and_exit(main: Callable[[Sequence[str]], int]) -> NoReturn:
     Under torchrun rank 0 speaks first; torchrun then ends the others before they say it again. An
     error that another rank has alone is said by that rank.
     """
+    print_any_name()
     try:
         code = main(sys.argv[1:])
     except UserError as error:

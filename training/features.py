@@ -6,7 +6,7 @@ sample is seen exactly once for any number of ranks; each rank keeps its own sha
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from headrace.pipelines.approximation import Approximation
+from headrace.pipelines.batch import Batch
 from headrace.pipelines.loader import Loader, open_loader
 from headrace.pipelines.order import Order
 from headrace.pipelines.recipe import Augmentation
+from headrace.shards.index import printable
 from headrace.shards.progress import progress_bar
 from headrace.shards.store import Store
 from headrace.training.world import World
@@ -39,6 +41,10 @@ class FeaturePass:
 
     views: augmentations by name, "test" among them. batch_size: images per rank. holdout, part,
     subset, seed: which samples, as in `open_loader`; by default all. approximate: as there.
+    on_error: "raise", or "report" for images that cannot be used to be named in `unusable`, a list
+    that passes made from this one share. Features of them are those of a black picture; `extract`
+    leaves them out, and so does whoever takes `Batch.sound`; in whole batches others take their
+    places.
     """
 
     store: Store
@@ -53,6 +59,8 @@ class FeaturePass:
     part: Literal["train", "holdout"] = "train"
     subset: NDArray[np.int64] | None = None
     approximate: tuple[Approximation, ...] = ()
+    on_error: Literal["raise", "report"] = "raise"
+    unusable: list[str] = field(default_factory=list, compare=False)
 
     def loader(self, view: str = "test") -> Loader:
         """This rank's share of the set, once, by ascending ids: a context manager over batches."""
@@ -78,7 +86,14 @@ class FeaturePass:
         )
         return order.at(0, np.arange(order.epoch_length))[0]
 
+    def note(self, batch: Batch) -> None:
+        """Name what could not be used in a batch of this pass."""
+        for fault in batch.faults:
+            (name,) = self.store.names(np.array([fault.sample_id]))
+            self.unusable.append(f"{printable(name)!r} of {self.store.uri} ({fault.reason})")
+
     def _open(self, augmentation: Augmentation, batch_size: int, *, whole: bool) -> Loader:
+        replacing = whole and self.on_error == "report"
         return open_loader(
             self.store,
             augmentation,
@@ -96,6 +111,7 @@ class FeaturePass:
             threads=self.threads,
             passes=1,
             approximate=self.approximate,
+            on_error="replace" if replacing else self.on_error,
         )
 
     def features(
@@ -110,6 +126,12 @@ class FeaturePass:
 
         A module runs in eval mode and without gradients, and is as it was whenever a batch is out.
         """
+        for batch, features in self._seen(module, view):
+            yield Features(batch.ids, features, batch.labels)
+
+    def _seen(
+        self, module: Callable[[Tensor], Tensor], view: str
+    ) -> Iterator[tuple[Batch, Tensor]]:
         augmentation = self.views[view]
         if len(augmentation.flat_views) != 1:
             raise ValueError(
@@ -118,8 +140,16 @@ class FeaturePass:
             )
         with self.loader(view) as loader:
             for batch in loader:
+                self.note(batch)
                 features = _apply(module, batch.views[0], self.batch_size, self.precision)
-                yield Features(batch.ids, features, batch.labels)
+                yield batch, features
+
+    def sound_batches(self, module: Callable[[Tensor], Tensor]) -> Iterator[Features]:
+        """`batches` of the test view without the images that could not be used."""
+        for batch, features in self._seen(module, "test"):
+            sound = batch.sound()
+            kept = torch.isin(batch.ids, sound.ids)
+            yield Features(sound.ids, features[kept], sound.labels)
 
 
 def extract(
@@ -134,7 +164,7 @@ def extract(
     parts: list[Features] = []
     shown = progress is not None and world.is_main
     with progress_bar(progress, samples, shown=shown) as bar:
-        for part in feature_pass.batches(encoder):
+        for part in feature_pass.sound_batches(encoder):
             parts.append(part)
             bar.update(min(world.size * len(part.ids), samples - bar.n))
     if parts:

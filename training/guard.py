@@ -133,6 +133,14 @@ class Guard:
             torch._foreach_copy_(self._saved, state)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
+    def restore(self) -> None:
+        """Undo what changed since `begin`, before any optimiser has stepped."""
+        for tensor, saved in zip(self._state(), self._saved, strict=True):
+            tensor.copy_(saved)
+        for memory in self._memories():
+            memory.undo(torch.ones_like(self.blocked, dtype=torch.bool))
+
+    @torch.no_grad()
     def check(self, values: Sequence[Tensor], batches: Sequence[Batch] = ()) -> None:
         """Block this update, on all ranks, if one of the scalars is not finite on one of them, or
         if a sample could not be used and nothing has taken its place."""

@@ -115,6 +115,7 @@ def feature_pass(
         seed=config.run.seed,
         holdout=config.data.holdout,
         subset=subset,
+        on_error="report",
     )
 
 

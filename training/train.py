@@ -45,7 +45,7 @@ from headrace.training.requirements import require_runnable
 from headrace.training.run import checkpoint
 from headrace.training.run.directory import begin
 from headrace.training.run.export import timm_config
-from headrace.training.run.faults import Faults
+from headrace.training.run.faults import Faults, UnusableImage, how_to_go_on
 from headrace.training.run.journal import open_journal
 from headrace.training.run.lock import locked
 from headrace.training.run.what_now import what_now
@@ -157,6 +157,16 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
             "fingerprint": fingerprint,
         }
 
+    def require_images(step: int, *, begun: bool) -> str:
+        """What passes over images just left out, in words; the run ends saved where it may not."""
+        left_out = faults.in_passes(context.unusable)
+        if left_out and data.on_error == "raise":
+            if begun:
+                guard.restore()
+            checkpoint.save_step(out, state(step), method.exports(), network, world)
+            raise UnusableImage(f"{left_out}. {how_to_go_on(out, step)}")
+        return left_out
+
     # ------------------------------------------------------------------------------------- Loop
     with (
         loader,
@@ -179,6 +189,8 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
                 with meters.paused():
                     method.before_epoch(context, progress)
                     follow_table(loader, method, progress)
+                if left_out := require_images(step, begun=True):
+                    journal.say(left_out)
             rates = schedule.apply(optimizer, progress.fraction)
             report = optimiser_step(
                 method,
@@ -215,6 +227,8 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
                 with meters.paused():
                     evaluated = validation.measure(method, progress) if evaluating else {}
                 journal.record(values, evaluated)
+                if evaluating and (left_out := require_images(done, begun=False)):
+                    journal.say(left_out)
             if saving or verdict.stop:
                 with meters.paused():
                     journal.flush()

@@ -80,6 +80,7 @@ class Validation:
         losses: list[torch.Tensor] = []
         with images.whole_batches(self.config.augmentation, held_out.loss_batch) as loader:
             for batch in loader:
+                images.note(batch)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     outputs, _ = method(batch, progress)
                 losses.append(outputs["loss"].double())
@@ -185,8 +186,12 @@ def _totals(method: Method, images: FeaturePass) -> dict[str, tuple[float, int]]
     counts: dict[str, int] = {}
     with images.loader() as loader:
         for batch in loader:
+            images.note(batch)
+            sound = batch.sound()
+            if len(sound) == 0:
+                continue
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                values = method.evaluate(batch)
+                values = method.evaluate(sound)
             for key, value in values.items():
                 total = value.double().sum()
                 sums[key] = sums[key] + total if key in sums else total

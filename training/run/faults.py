@@ -13,7 +13,9 @@ from typing import Any
 
 from headrace.pipelines.faults import Fault
 from headrace.shards.errors import UserError
+from headrace.shards.index import printable
 from headrace.shards.store import IndexedStore, Store
+from headrace.training.collectives import gather_objects
 from headrace.training.run.directory import SKIPPED_FILE
 from headrace.training.world import World
 
@@ -72,9 +74,15 @@ class Faults:
         listed = _some([f"{self._name(f.sample_id)!r} ({f.reason})" for f in faults])
         return UnusableImage(
             f"step {step} has {len(faults)} image(s) of {self._store.uri} that cannot be used: "
-            f"{listed}. {directory} is saved at step {step - 1}: repair or restore the file and "
-            "give the same command again, or add --data.on-error skip"
+            f"{listed}. {how_to_go_on(directory, step - 1)}"
         )
+
+    def in_passes(self, unusable: list[str]) -> str:
+        """What passes without training could not use, over all ranks, in words; "" for nothing.
+        Every rank calls it. Empties the list."""
+        named = sorted({name for of_rank in gather_objects(list(unusable)) for name in of_rank})
+        unusable.clear()
+        return f"{len(named)} image(s) cannot be used: {_some(named)}" if named else ""
 
     def accept_repairs(self, before: Mapping[str, Any]) -> None:
         """Let a checkpoint be of the data set as it is now, where nothing changed but images that
@@ -86,7 +94,15 @@ class Faults:
             stream["store"] = before["loader"]["fingerprint"]["store"] = store.fingerprint
 
     def _name(self, sample: int) -> str:
-        return self._store.names([sample])[0].encode("utf-8", "backslashreplace").decode("utf-8")
+        return printable(self._store.names([sample])[0])
+
+
+def how_to_go_on(directory: Path, step: int) -> str:
+    """The second half of the sentence with which a run stops."""
+    return (
+        f"{directory} is saved at step {step}: repair or restore the file and give the same "
+        "command again, or add --data.on-error skip"
+    )
 
 
 def _some(sentences: Sequence[str]) -> str:
