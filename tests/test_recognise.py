@@ -378,14 +378,14 @@ def test_every_image_is_used_or_counted_and_both_ways_in_agree(tmp_path: Path, n
 REFUSED = {
     "a split or a class": (
         {f"{name}/2020/{i}.png": "d" for name in ("bus", "train") for i in (0, 1)},
-        r"train/ beside bus/ can be splits or classes: --layout splits .*--layout folders",
+        r"train/ is called like a split, and bus/ beside .*--layout splits .*--layout folders",
     ),
     "a split or a class, both flat": (
-        flat("train", "dd") | flat("sample", "dd"), "train/ beside sample/ can be splits or classes"
+        flat("train", "dd") | flat("sample", "dd"), "train/ is called .* and sample/ beside it not"
     ),
     "a folder of all photographs inside of a split": (
         classes("train", {"photos": "a", "drawings": "b"}) | classes("val", {"photos": "a"}),
-        "photos/ is called like .*--layout splits makes each folder a class"
+        "photos/ is called like .*--layout splits makes each of drawings/, photos/ one class"
     ),
     "folders of classes or classes of folders": (
         {f"{place}/{name}/0.png": "d" for place in ("Art", "Real") for name in ("cup", "pen")},
@@ -393,7 +393,7 @@ REFUSED = {
     ),
     "words of splits that share nothing": (
         classes(".", {"bullet_train": "a", "test_tube": "b"}),
-        "bullet_train/, test_tube/ can be splits or classes",
+        "bullet_train/, test_tube/ are called like splits, each differently",
     ),
     "two folders of one split": (
         classes("val", ABC) | classes("validation", ABC) | classes("train", ABC),
@@ -405,7 +405,7 @@ REFUSED = {
     ),
     "a set and images beside it": (
         classes("set/train", ABC) | classes("set/val", ABC) | classes("more", ABC),
-        "set/ have splits of their own, and more/",
+        "set/ with splits inside, and more/",
     ),
     "photographs and something else": (
         flat("images", "d") | flat("crops", "d"), r"images/ is called like .*crops/: --images DIR"

@@ -26,6 +26,7 @@ from headrace.shards.sources.vocabulary import (
 from headrace.shards.sources.walk import Folder
 
 Layout = Literal["auto", "splits", "folders", "innermost", "flat"]
+_CHOOSE = "--images DIR names the folder of photographs"
 Kind = Literal["classes", "innermost", "flat"]
 _SETS_DEPTH = 4
 _NAMED = 6
@@ -183,8 +184,8 @@ def _step(folder: Folder, layout: Layout, known: frozenset[str], *, top: bool) -
     if doubt is not None and (top or layout != "splits"):
         classes = "--layout folders" if top else "--layout splits"
         raise Ambiguous(
-            f"{folder.path}: {doubt}: --images DIR names the folder of photographs, {classes} "
-            "makes each folder a class, --layout flat takes all images without classes"
+            f"{folder.path}: {doubt}, {classes} makes each of {_listed(folder.inner)} one class, "
+            "--layout flat takes all images without classes"
         )
     return "classes"
 
@@ -195,29 +196,30 @@ def _doubt(
     others: Sequence[Folder],
     photographs: Sequence[Folder],
 ) -> str | None:
-    """Why the folders inside may be no classes."""
+    """Why the folders inside may be no classes, and what says which they are."""
     loose, inside = len(folder.images), sum(one.images_below for one in others)
     if loose and (maps or (loose > 1 and (len(others) == 1 or loose * _LOOSE_PART > inside))):
         return (
             f"images lie both loose ({loose}, as {folder.images[0]!r}) and in folders "
-            f"({inside}, in {_listed(others)})"
+            f"({inside}, in {_listed(others)}): {_CHOOSE}"
         )
     if len(photographs) > 1:
-        return f"{_listed(photographs)} are each called like a folder of all photographs"
+        what = "are each called like a folder of all photographs"
+        return f"{_listed(photographs)} {what}: {_CHOOSE}"
     if photographs:
         return (
             f"{_listed(photographs)} is called like a folder of all photographs, and other images "
-            f"lie beside it, in {_listed(_without(folder.inner, photographs))}"
+            f"lie beside it, in {_listed(_without(folder.inner, photographs))}: {_CHOOSE}"
         )
     paired = [one for one in maps if any(_pairs(one, other) for other in others)]
     if paired:
-        return f"{_listed(paired)} looks like label maps of {_listed(others)}"
+        return f"{_listed(paired)} looks like label maps of {_listed(others)}: {_CHOOSE}"
     deeper = [inner.name for one in folder.inner for inner in one.inner]
     if len(deeper) > len(folder.inner) and not any(one.images for one in folder.inner):
         some = ", ".join(f"{name}/" for name in sorted(set(deeper))[:_NAMED])
         return (
-            f"{_listed(folder.inner)} hold no images themselves but folders of them ({some}), and "
-            "either may be the classes: --layout innermost takes the inner ones"
+            f"{_listed(folder.inner)} hold no images themselves but folders of them ({some}): "
+            "--layout innermost makes each of the inner folders a class"
         )
     return None
 
@@ -238,7 +240,7 @@ def find_splits(folder: Folder, layout: Layout = "auto") -> dict[str, Folder]:
     rest = _without(inner, [*named, *worded])
     if not named and not _worded_splits(folder, worded, rest, layout):
         return {}
-    if layout == "auto" and len(exact) == 1 and rest:
+    if layout != "splits" and len(exact) == 1 and rest:
         direct = named[0].images and sum(bool(one.images) for one in rest) > 1
         if exact == {"train"} and direct and not worded:
             return {}
@@ -248,8 +250,8 @@ def find_splits(folder: Folder, layout: Layout = "auto") -> dict[str, Folder]:
         name = split_of(one.name) or split_within(one.name) or ""
         if name in splits:
             raise Ambiguous(
-                f"{folder.path}: {splits[name].name} and {one.name} are both a {name} split: point "
-                "at one of them, or --layout folders makes each folder a class"
+                f"{folder.path}: {splits[name].name} and {one.name} are both a {name} split: take "
+                "one of them out, or point at it, or --layout folders makes each folder a class"
             )
         splits[name] = one
     return splits
@@ -272,11 +274,12 @@ def _worded_splits(
 
 
 def _either(folder: Folder, named: Sequence[Folder], rest: Sequence[Folder]) -> Ambiguous:
-    beside = f" beside {_listed(rest)}" if rest else ""
+    what = "is called like a split" if len(named) == 1 else "are called like splits"
+    beside = f", and {_listed(rest)} beside it not" if rest else ", each differently"
     return Ambiguous(
-        f"{folder.path}: {_listed(named)}{beside} can be splits or classes: --layout splits "
-        "takes what is called like a split as one, --layout folders takes each folder as a class; "
-        "or point at one of them"
+        f"{folder.path}: {_listed(named)} {what}{beside}: --layout splits takes {_listed(named)} "
+        f"as such and nothing else, --layout folders makes each folder a class; or point at one "
+        "of them"
     )
 
 
@@ -284,9 +287,9 @@ def _refuse_several_sets(folder: Folder) -> None:
     sets = [one for one in folder.inner if _holds_splits(one, _SETS_DEPTH)]
     if sets:
         beside = _without(folder.inner, sets)
-        more = f", and {_listed(beside)} beside them hold images" if beside else ""
+        more = f", and {_listed(beside)} beside" if beside else ""
         raise Ambiguous(
-            f"{folder.path} holds more than one data set: {_listed(sets)} have splits of their own"
+            f"{folder.path} holds more than one data set: {_listed(sets)} with splits inside"
             f"{more}: point at one of them, --images DIR names it, --layout folders makes each a "
             "class"
         )
