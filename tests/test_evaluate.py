@@ -1,6 +1,7 @@
 """Features, the evaluation of a run, and the pictures drawn of it, on a run made by hand."""
 
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -641,3 +642,18 @@ def test_plot_of_a_running_run(
     (running / "knn.json").write_text("[1]")
     assert plot_run["main"]([str(running)]) == 2
     assert "knn.json is no result of evaluate.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--linear.epochs", "3"], "--linear.epochs is an option of --protocol linear, which is"),
+        (["--protocol", "linear", "--k", "5"], "--k is an option of --protocol knn, which is not"),
+        (["--protocol", "linear", "--knn.k=5"], "--knn.k is an option of --protocol knn"),
+    ],
+)
+def test_an_option_of_a_protocol_that_is_not_asked_for_is_refused(
+    evaluate: Callable[..., int], run: Path, arguments: list[str], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        evaluate([str(run), *arguments])

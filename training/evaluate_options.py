@@ -12,7 +12,7 @@ from headrace.training.judged_view import ViewChange
 from headrace.training.near_options import near_option
 from headrace.training.preset import ConfigError
 from headrace.training.protocol import ProtocolDeclaration, ProtocolOptions, protocol_names
-from headrace.training.protocol_options import add_options, options_of
+from headrace.training.protocol_options import add_options, option_names, options_of
 
 Protocol = TypeVar("Protocol", bound=ProtocolDeclaration)
 
@@ -102,9 +102,23 @@ def parse_evaluate(
         given = unknown[0].partition("=")[0]
         near = near_option(given, sorted(parser._option_string_actions))
         raise ConfigError(f"there is no option {given}{near}")
+    for name, module in modules.items():
+        if name not in asked:
+            _require_unasked(module, arguments)
     options.test = _view_change(options)
     settings = {name: options_of(module, options) for name, module in modules.items()}
     return [(modules[name], settings[name]) for name in asked], options
+
+
+def _require_unasked(protocol: ProtocolDeclaration, arguments: Sequence[str]) -> None:
+    """Raises ConfigError where an option is of a protocol that nobody asked for."""
+    names = option_names(protocol)
+    given = [argument for argument in arguments if argument.partition("=")[0] in names]
+    if given:
+        raise ConfigError(
+            f"{given[0].partition('=')[0]} is an option of --protocol {protocol.name}, which is "
+            f"not asked for"
+        )
 
 
 def _add_view_options(parser: argparse.ArgumentParser) -> None:

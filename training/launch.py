@@ -18,7 +18,7 @@ from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config
 from headrace.training.data_sets import largest_side_pixels, open_train
 from headrace.training.ending import run_and_exit
-from headrace.training.environment import is_launched
+from headrace.training.environment import adopt_slurm, is_launched
 from headrace.training.evaluate_options import parse_evaluate
 from headrace.training.preset import ConfigError, require
 from headrace.training.protocol import find_protocol_declaration
@@ -38,6 +38,7 @@ def evaluate() -> NoReturn:
 
 
 def _train(arguments: Sequence[str]) -> int:
+    adopt_slurm()
     gpus, arguments = split_gpus(arguments)
     config = parse_command_line(
         arguments, lambda path: largest_side_pixels(open_train(path)), find_declaration
@@ -53,6 +54,7 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
+    adopt_slurm()
     gpus, arguments = split_gpus(arguments)
     _, options = parse_evaluate(arguments, find_protocol_declaration)
     read_network(options.run)

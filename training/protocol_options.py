@@ -32,9 +32,7 @@ def add_options(parser: argparse.ArgumentParser, protocol: ProtocolDeclaration) 
     for declared, kind in _fields(protocol):
         reading = _reading(kind)
         destination = _destination(protocol, declared)
-        names = [f"--{destination.replace('_', '-')}"]
-        if declared.metadata.get("also"):
-            names.append(declared.metadata["also"])
+        names = _names(destination, declared)
         if reading is None or declared.default is MISSING:
             raise ConfigError(
                 f"--protocol {protocol.name}: {names[0]} is a {kind} and cannot be given on a "
@@ -63,6 +61,21 @@ def options_of(protocol: ProtocolDeclaration, given: argparse.Namespace) -> Prot
         value = getattr(given, _destination(protocol, declared))
         values[declared.name] = tuple(value) if isinstance(value, list) else value
     return protocol.options_class(**values)
+
+
+def option_names(protocol: ProtocolDeclaration) -> set[str]:
+    """Every option of a protocol, as a command line spells it."""
+    names: set[str] = set()
+    for declared, kind in _fields(protocol):
+        spelled = _names(_destination(protocol, declared), declared)
+        names.update(spelled, [f"--no-{spelled[0][2:]}"] if kind is bool else [])
+    return names
+
+
+def _names(destination: str, declared: "Field[Any]") -> list[str]:
+    """Of one option: the name of its field, and a second one where it has that."""
+    also = declared.metadata.get("also")
+    return [f"--{destination.replace('_', '-')}", *([also] if also else [])]
 
 
 def _fields(protocol: ProtocolDeclaration) -> "list[tuple[Field[Any], Any]]":

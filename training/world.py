@@ -1,4 +1,4 @@
-"""The processes of a run: one by itself, or the ones that torchrun started.
+"""The processes of a run: one by itself, or the ones that torchrun or Slurm's srun started.
 
 Every function here means the same for one process, where it costs nothing. Only rank 0 writes;
 what it finds out (a lock, a checkpoint) reaches the others through `collectives.from_main`.
@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from headrace.shards.errors import UserError
 from headrace.shards.lifetime import end_with_parent
+from headrace.training.environment import adopt_slurm
 
 
 class WorldError(UserError):
@@ -41,8 +42,9 @@ class World:
 def join(device: Literal["auto", "cpu", "cuda", "mps"] = "auto") -> Iterator[World]:
     """This process's World: NCCL between GPUs, gloo between CPUs, nothing for one process.
 
-    Raises WorldError where the device is missing.
+    Raises WorldError where the device is missing, or the place where the processes meet.
     """
+    adopt_slurm()
     if device == "cuda" and not torch.cuda.is_available():
         raise WorldError("--run.device is cuda, and this machine has no CUDA device")
     if device == "mps" and not torch.backends.mps.is_available():
@@ -52,22 +54,31 @@ def join(device: Literal["auto", "cpu", "cuda", "mps"] = "auto") -> Iterator[Wor
     rank, size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     local_rank = int(environment.get("LOCAL_RANK", "0"))
     local_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    index = local_rank
     if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
+        devices = torch.cuda.device_count()
+        if devices == 1 and "SLURM_PROCID" in environment:
+            index = 0  # srun --gpus-per-task shows each task its own one alone
+        if index >= devices:
             raise WorldError(
-                f"this machine has {torch.cuda.device_count()} CUDA devices, too few for local "
-                f"rank {local_rank}: start fewer processes, or take --run.device cpu"
+                f"this machine has {devices} CUDA devices, too few for local rank {local_rank}: "
+                f"start fewer processes, or take --run.device cpu"
             )
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(index)
     if kind == "mps" and size > 1:
         raise WorldError(f"--run.device is mps, which has one process, and there are {size}")
-    at = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+    at = torch.device("cuda", index) if kind == "cuda" else torch.device(kind)
     world = World(rank, size, local_rank, local_size, at)
     if "LOCAL_RANK" in environment:
         _end_with_launcher()
     if size == 1:
         yield world
         return
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]:
+        raise WorldError(
+            f"this is rank {rank} of {size} by RANK and WORLD_SIZE, and {' and '.join(missing)} do "
+            f"not say where the ranks meet: start them with torchrun or srun, or set both"
+        )
     # gloo beside NCCL carries the few objects that live on the host.
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, device_id=world.device if kind == "cuda" else None)
