@@ -152,8 +152,20 @@ class EncoderFactory:
         if self._initial is not None:
             _load(encoder, self._initial, self.name)
         if self._compiled:
-            encoder.compile()
+            _compile(encoder)
         return encoder
+
+
+def _compile(encoder: nn.Module) -> None:
+    """The network as a whole, and its blocks and stages too, since some methods run these one by
+    one; within a compiled whole they become part of it."""
+    encoder.compile()
+    for name in ("blocks", "stages"):
+        for part in getattr(encoder, name, nn.Identity()).children():
+            part.compile()
+    for name, part in encoder.named_children():
+        if name.startswith("layer") and name[5:].isdigit():
+            part.compile()
 
 
 def _create(name: str, options: Mapping[str, Any]) -> nn.Module:

@@ -106,7 +106,7 @@ class Run:
     batch_norm: Literal["global", "local"] = "global"
     """global: statistics over all ranks, so that the world size does not change the numbers."""
     compile: bool = False
-    """torch.compile the encoder."""
+    """torch.compile the encoder, as a whole and block by block, whichever a method runs."""
 
     def __post_init__(self) -> None:
         require(

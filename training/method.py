@@ -121,6 +121,9 @@ class Method(nn.Module):
     least_samples: int = 1
     """Samples, over all ranks, that `objective` has to see at once to mean anything."""
 
+    compiles: bool = True
+    """Whether --run.compile has anything to compile: the encoder as a whole or its blocks."""
+
     def embed(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Networks only: batch -> embeddings, whose first axis is this rank's samples.
 

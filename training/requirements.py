@@ -14,6 +14,11 @@ def require_runnable(config: Config, method: Method, world_size: int) -> None:
     """Raises ConfigError for a run that would compute numbers that mean nothing."""
     _require_still_networks(config.method, method, config.backbone_options)
     _require_samples(config, method, world_size)
+    require(
+        method.compiles or not config.run.compile,
+        f"--run.compile has nothing to compile in {config.method}, which runs the layers of its "
+        f"network one by one: leave it out",
+    )
 
 
 def _require_still_networks(name: str, method: Method, options: Mapping[str, Any]) -> None:

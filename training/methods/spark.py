@@ -134,6 +134,8 @@ class Spark(Method):
     side: cells of a row of the grid, and rows; removed: hidden cells of each sample.
     """
 
+    compiles = False  # each convolution is run by itself, on what is visible
+
     def __init__(
         self, options: Objective, encoder: ResNet, side: int, cell_pixels: int, removed: int
     ) -> None:
