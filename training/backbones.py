@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from headrace.training import encoders  # noqa: F401  (registers them with timm)
+from headrace.training.initial import fit_weights
 from headrace.training.preset import ConfigError, require
 
 
@@ -127,7 +128,8 @@ class EncoderFactory:
     Options of a call go over those of the run. With `initial`, every encoder starts from those
     weights (a state dict), else from timm's initialisation out of torch's global generator.
     images: gives the images that a `FitsImages` encoder is fitted to; asked at most once, and not
-    where no encoder wants them. None where other weights will replace these.
+    where no encoder wants them. None where other weights will replace these. say: is told once
+    how `initial` was made to fit.
     """
 
     def __init__(
@@ -138,11 +140,13 @@ class EncoderFactory:
         initial: Mapping[str, Tensor] | None = None,
         compiled: bool = False,
         images: Callable[[], Tensor] | None = None,
+        say: Callable[[list[str]], None] | None = None,
     ) -> None:
         self.name = name
         self.options = dict(options)
         self._initial = initial
         self._compiled = compiled
+        self._say = say
         self._images = None if images is None else cache(images)
 
     def __call__(self, **timm_options: object) -> nn.Module:
@@ -150,7 +154,11 @@ class EncoderFactory:
         if self._images is not None and isinstance(encoder, FitsImages):
             encoder.fit_images(self._images())
         if self._initial is not None:
-            _load(encoder, self._initial, self.name)
+            weights, said = fit_weights(encoder, self._initial, self.name)
+            encoder.load_state_dict(weights)
+            if self._say is not None:
+                self._say(said)
+            self._say = None
         if self._compiled:
             _compile(encoder)
         return encoder
@@ -192,25 +200,3 @@ def _breaks_channels_last(convolution: nn.Conv2d) -> bool:
 
 def _contiguous_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(tensor.contiguous() for tensor in inputs)
-
-
-def _load(encoder: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
-    own = encoder.state_dict()
-    missing = sorted(own.keys() - weights.keys())
-    unknown = sorted(weights.keys() - own.keys())
-    reshaped = [
-        f"{key} is {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
-    ]
-    if missing or unknown or reshaped:
-        found = [
-            *(f"{key} is missing" for key in missing[:2]),
-            *(f"{key} is unknown" for key in unknown[:2]),
-            *reshaped[:2],
-        ]
-        raise ConfigError(
-            f"the weights of --init do not fit backbone {name!r} with these options: "
-            f"{'; '.join(found)} ({len(missing) + len(unknown) + len(reshaped)} differences)"
-        )
-    encoder.load_state_dict(dict(weights))

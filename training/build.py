@@ -14,6 +14,7 @@ from headrace.shards.store import Store
 from headrace.training.backbones import EncoderFactory, resolve_options
 from headrace.training.catalogue import find_method
 from headrace.training.config import Config
+from headrace.training.initial import read_initial_weights
 from headrace.training.inputs import sample_images
 from headrace.training.judged_view import judged_pixels, side_pixels
 from headrace.training.method import Facts, Method
@@ -77,13 +78,14 @@ def build_method(
     resumed: bool = False,
     compiled: bool = False,
     images: Callable[[], Tensor] | None = None,
+    say: Callable[[list[str]], None] | None = None,
 ) -> Method:
     """The method `name` as a run begins with it, on the CPU: its weights are the seed's.
 
     backbone_options: resolved (`backbones.resolve_options`). facts.init: a run whose encoder's
     weights every encoder starts from, unless the method's INIT_IS_TEACHER says otherwise. resumed:
     a checkpoint's weights will replace these, so that neither a file of --init nor images are
-    needed. images: for encoders that are fitted to some, as `EncoderFactory` takes them.
+    needed. images, say: as `EncoderFactory` takes them.
     Seeds torch's global generator.
     """
     require_ranges(objective)
@@ -91,13 +93,14 @@ def build_method(
     method = find_method(name)
     initial = None
     if facts.init and not method.init_is_teacher and not resumed:
-        initial = read_initial(facts.init)
+        initial = read_initial_weights(facts.init)
     make_encoder = EncoderFactory(
         backbone,
         backbone_options,
         initial=initial,
         compiled=compiled,
         images=None if resumed else images,
+        say=say,
     )
     return method.build(objective, make_encoder, facts)
 

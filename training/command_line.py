@@ -41,6 +41,8 @@ from headrace.training.preset import (
     require_own_option,
 )
 from headrace.training.ranges import require_ranges
+from headrace.training.run.directory import CONFIG_FILE
+from headrace.training.run.record import read_network
 
 
 def parse_command_line(
@@ -78,9 +80,7 @@ def parse_command_line(
     preset_name, preset = find_preset(method, chosen.preset, largest_side)
     given = _parse_options(method, preset_name, preset, arguments)
     names = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
-    return _resolve(
-        method, preset_name, preset, given, batch_size_given="--data.batch-size" in names
-    )
+    return _resolve(method, preset_name, preset, given, names)
 
 
 def _parse_options(
@@ -301,15 +301,12 @@ def _augmented(augmentation: Augmentation, given: Any) -> Augmentation:
 
 
 def _resolve(
-    method: Declaration, preset_name: str, preset: Preset, given: Any, *, batch_size_given: bool
+    method: Declaration, preset_name: str, preset: Preset, given: Any, names: Collection[str]
 ) -> Config:
     run: Run = given.run
     if run.epochs is None and run.steps is None:
         run = replace(run, epochs=preset.epochs)
-    options: dict[str, Any] = dict(method.backbone_options)
-    # The preset's options belong to its backbone; another one starts with its own defaults.
-    if given.backbone == preset.backbone:
-        options |= preset.backbone_options
+    backbone, options = _backbone(method, preset, given, named="--backbone" in names)
     asked = dict(_parse_backbone_option(text) for text in given.backbone_options)
     require_own_option(given.objective, asked)
     require_ranges(given.objective)
@@ -322,7 +319,7 @@ def _resolve(
     return Config(
         method=method.name,
         preset=preset_name,
-        backbone=given.backbone,
+        backbone=backbone,
         backbone_options=options,
         init=given.init,
         data=given.data,
@@ -331,8 +328,31 @@ def _resolve(
         objective=given.objective,
         augmentation=augmentation,
         test=changed(following(preset, augmentation), given.test),
-        batch_size_given=batch_size_given,
+        batch_size_given="--data.batch-size" in names,
     )
+
+
+def _backbone(
+    method: Declaration, preset: Preset, given: Any, *, named: bool
+) -> tuple[str, dict[str, Any]]:
+    """(backbone, its options but for those of the command line): those of the run that --init
+    names, if there is one and no other backbone is asked for, else the preset's."""
+    if (
+        given.init is not None
+        and (given.init / CONFIG_FILE).is_file()
+        and not method.init_is_teacher
+    ):
+        network = read_network(given.init)
+        if not named or given.backbone == network.backbone:
+            options = {
+                key: value
+                for key, value in network.backbone_options.items()
+                if key not in ("img_size", "dynamic_img_size")  # which follow the views
+            }
+            return network.backbone, {**options, **method.backbone_options}
+    # The preset's options belong to its backbone; another one starts with its own defaults.
+    own = preset.backbone_options if given.backbone == preset.backbone else {}
+    return given.backbone, {**method.backbone_options, **own}
 
 
 def _parse_backbone_option(text: str) -> tuple[str, Any]:
@@ -414,7 +434,8 @@ Args:
     preset: auto takes cifar where no image is larger than 64 pixels, else imagenet.
     backbone: A timm model.
     backbone_options: Options of the timm model, as drop_path_rate=0.1.
-    init: A run whose encoder this one starts from.
+    init: A run whose encoder this one starts from, with its backbone if no other is named; or a
+        file of weights (.safetensors, .pth).
 """
 
 
@@ -444,7 +465,7 @@ methods
 options (METHOD's own ones, all meanings and defaults: --method METHOD --help)
   --preset         a published set of numbers; the options below replace single ones
   --backbone       a timm model; --backbone-options name=value ...
-  --init           a run whose encoder this one starts from
+  --init           a run, or a file of weights (.safetensors, .pth), that the encoder starts from
   --gpus           processes on this machine, each with a GPU of its own
 {groups}
   --objective.*    of the method

@@ -92,6 +92,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
         total_steps=steps,
         init=config.init,
     )
+    about_weights: list[str] = []
     method = build_method(
         config.method,
         config.objective,
@@ -104,6 +105,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
         images=partial(
             sample_images, store, config.test, run.seed, subset=subset, holdout=data.holdout
         ),
+        say=about_weights.extend,
     )
     method.to(world.device)
     require_runnable(config, method, world.size)
@@ -175,6 +177,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
     ):
         for sentence in (
             *first_words(config, store, loader, schedule, world, start=start, steps=steps),
+            *about_weights,
             *about_batches,
             *validation.sentences,
             *cache_sentences(method, run.gradient_cache),
