@@ -20,7 +20,7 @@ from torch import nn
 
 from headrace.pipelines import recipes
 from headrace.pipelines.loader import open_loader
-from headrace.pipelines.ops import Flip
+from headrace.pipelines.ops import CenterCrop, Flip, Resize
 from headrace.pipelines.recipe import Augmentation, View
 from headrace.shards.store import open_store
 from headrace.training.backbones import EncoderFactory, resolve_options
@@ -165,7 +165,12 @@ class Two(nn.Module):
         (
             EncoderFactory("test_resnet", {}),
             Augmentation("flipped", (View("view", (*recipes.center().views[0].ops, Flip(0.5))),)),
-            "its test view is no resize and centre crop",
+            "its test view is no square cut",
+        ),
+        (
+            EncoderFactory("test_resnet", {}),
+            Augmentation("oblong", (View("view", (Resize(64), CenterCrop((32, 48)))),)),
+            "its test view is no square cut",
         ),
     ],
 )
@@ -176,7 +181,7 @@ def test_what_timm_cannot_read_is_said(
     network = timm_config(encoder, view, ())
     export_all({"encoder": encoder.state_dict()}, tmp_path, network)
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.safetensors"]
-    assert f"timm alone cannot read its encoder ({said})" in what_now(tmp_path, network, "knn")
+    assert f"timm alone cannot read its encoder ({said}" in what_now(tmp_path, network, "knn")
 
 
 def test_our_own_network_is_read_after_an_import(tmp_path: Path) -> None:

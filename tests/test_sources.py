@@ -635,3 +635,9 @@ def test_nulls_of_parquet_are_files_of_no_bytes(tmp_path: Path) -> None:
     path = parquet_of(tmp_path / "some.parquet", {"label": [0, 1, 1]}, [b"1", None, b"3"])
     (split,) = list_source(path)
     assert [data for data, _ in read_all(split)] == [b"1", b"", b"3"]
+
+
+def test_a_folder_of_a_phones_pictures_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"")
+    with pytest.raises(ShardError, match=r"no images found .*; convert HEIC to JPEG to have them"):
+        list_source(tmp_path)

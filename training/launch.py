@@ -46,7 +46,7 @@ def _train(arguments: Sequence[str]) -> int:
     open_train(config.data.train)
     if gpus > 1:
         _check_devices(gpus, config.run.device)
-        _check_shares(config, gpus)
+        _check_ranks(config, gpus)
         return _launch(gpus, arguments)
     from headrace.training.train import main
 
@@ -79,12 +79,15 @@ def _check_devices(ranks: int, device: str) -> None:
     )
 
 
-def _check_shares(config: Config, ranks: int) -> None:
-    """Raises a UserError where so many ranks cannot share this stream: said once, not by each."""
-    from headrace.training.inputs import fitted_batch, open_training_loader
+def _check_ranks(config: Config, ranks: int) -> None:
+    """Raises a UserError for what so many ranks would refuse: it is said once, not by each, and at
+    once. What belongs to a method's own networks they say."""
+    from headrace.training.build import with_backbone
+    from headrace.training.inputs import fitted_batch, open_training_loader, with_paths
     from headrace.training.subset import read_subset
     from headrace.training.world import World
 
+    config, _ = with_paths(with_backbone(config))
     store = open_train(config.data.train)
     world = World(size=ranks, local_size=ranks)
     subset = read_subset(config.data.subset, store)

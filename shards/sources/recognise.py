@@ -197,4 +197,6 @@ def _describe(source: Path) -> str:
         return f"a file that ends in {source.suffix!r}"
     names = sorted(os.listdir(source))
     listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return f"it holds {listed}" if names else "it is empty"
+    phone = any(name.lower().endswith((".heic", ".heif")) for name in names)
+    advice = "; convert HEIC to JPEG to have them" if phone else ""
+    return f"it holds {listed}{advice}" if names else "it is empty"

@@ -54,7 +54,9 @@ def timm_config(encoder: nn.Module, test: Augmentation, classes: Sequence[str]) 
         refusal = f"a {type(encoder).__name__} is no timm model by itself"
         return TimmConfig(None, names, refusal)
     if preprocessing is None:
-        return TimmConfig(None, names, "its test view is no resize and centre crop")
+        return TimmConfig(
+            None, names, "its test view is no square cut from the centre of a resized picture"
+        )
     named = {"label_names": list(names)} if names else {}
     with TemporaryDirectory() as folder:
         path = Path(folder) / _CONFIG_FILE
@@ -70,8 +72,12 @@ def timm_config(encoder: nn.Module, test: Augmentation, classes: Sequence[str]) 
 
 def _preprocessing(test: Augmentation) -> dict[str, Any] | None:
     """The test view in timm's words; None where it has none for it."""
-    match test.flat_views[0].ops:
-        case (Resize(size=resized, interpolation=interpolation), CenterCrop(size=pixels)):
+    view = test.flat_views[0]
+    match view.ops, view.shape:
+        case (
+            (Resize(size=resized, interpolation=interpolation), CenterCrop()),
+            (int() as pixels, width),
+        ) if pixels == width:  # timm resizes for an oblong in another way
             return {
                 "input_size": (len(test.mean), pixels, pixels),
                 "interpolation": interpolation,
