@@ -587,6 +587,21 @@ def test_lists_that_do_not_fit_are_refused(
         list_source(root, None, Choices(labels=root / name))
 
 
+def test_a_list_says_which_of_two_images_of_one_name_it_means(tmp_path: Path) -> None:
+    images = flat("train", "ab") | flat("test", "ba")
+    root = plant(tmp_path / "splits", images, {"labels.csv": "id,label\n0,a\n1,b\n"})
+    with pytest.raises(ShardError, match=r"names '0\.png', and several splits have an image"):
+        open_store(root, "test")
+    whole = "name,label\ntrain/0.png,a\ntrain/1.png,b\ntest/0.png,b\ntest/1.png,a\n"
+    (root / "labels.csv").write_text(whole)
+    assert open_store(root, "train").labels([0, 1]).tolist() == [0, 1]
+    assert open_store(root, "test").labels([0, 1]).tolist() == [1, 0]
+    images = flat("p", "ab") | flat("q", "ba")
+    root = plant(tmp_path / "folders", images, {"l.csv": "id,label\n0,a\n1,b\n"})
+    with pytest.raises(ShardError, match=r"which of 'p/0\.png' and 'q/0\.png' it means by '0"):
+        open_store(root, labels=root / "l.csv")
+
+
 def test_a_known_list_that_disagrees_is_refused(tmp_path: Path) -> None:
     texts = {"labels.csv": "id,label\n0,a\n1,b\n", "x/metadata.csv": "file_name,label\n0,b\n1,a\n"}
     root = plant(tmp_path / "one folder", flat("x", "ab"), texts)

@@ -6,7 +6,7 @@ labels, the position among the sorted WordNet ids.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 
 from headrace.shards.index import ShardError
@@ -61,7 +61,8 @@ def list_places(
             continue
         if chosen:
             _refuse_dangling(place)
-        split = _list_place(tree, place, base, facts, labels, choices)
+        elsewhere = {name for other in places if other is not place for name in _loose_names(other)}
+        split = _list_place(tree, place, base, facts, labels, choices, elsewhere)
         if place.split == "train" and split.classes:
             base = split.classes
         if chosen:
@@ -81,9 +82,12 @@ def _list_place(
     facts: ImageNetFacts,
     labels: LabelList | None,
     choices: Choices,
+    elsewhere: Container[str],
 ) -> SourceSplit:
+    """elsewhere: names of images of the other splits."""
     around = tree.chain_to(place.folder)[::-1]
     if labels is not None:
+        _refuse_shared(labels, place, elsewhere)
         split = _flat(place, [labels])
         by_list = _labelled(split, [labels], base, partly=f"complete {labels.path}")
         note = f"{labels.path} names none of these images"
@@ -102,6 +106,8 @@ def _list_place(
         for found in lists:
             _refuse_other_classes(split, found)
         return split
+    for found in lists:
+        _refuse_shared(found, place, elsewhere)
     split = _flat(place, lists)
     if facts.wordnet_ids and place.split in ("val", ""):
         ids = None if base is None else [entry.id for entry in base]
@@ -280,6 +286,24 @@ def _labelled(
             notes=(*split.notes, note) if note else split.notes,
         )
     return labelled
+
+
+def _loose_names(place: Place) -> tuple[str, ...]:
+    """Names of images that no folder of a class tells apart from those of other splits."""
+    return place.folder.images if place.kind == "flat" else ()
+
+
+def _refuse_shared(found: LabelList, place: Place, elsewhere: Container[str]) -> None:
+    """A list for several splits must say which of two images of one name it means."""
+    of_this_split = found.path.is_relative_to(place.top.path)
+    if of_this_split or split_within(found.path.stem) == (place.split or None):
+        return
+    shared = found.shares(_loose_names(place), elsewhere)
+    if shared is not None:
+        raise Ambiguous(
+            f"{found.path} names {shared!r}, and several splits have an image of this name: put "
+            f"the list into {place.top.path}, or write names with their folders"
+        )
 
 
 def _refuse_other_classes(split: SourceSplit, found: LabelList) -> None:

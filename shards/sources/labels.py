@@ -9,7 +9,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -43,7 +43,7 @@ class LabelList:
         """The label of every image: by its path from the list or from `folder`, below which the
         names are, or by the last part of it; each also without the ending.
 
-        Raises `ShardError` where the list gives one image two labels.
+        Raises `ShardError` where the list gives one image two labels, or one name to two images.
         """
         inside = os.path.relpath(folder, self.path.parent)
         labels: dict[str, Any] = {}
@@ -53,16 +53,28 @@ class LabelList:
                 if known != label:
                     labels[key] = _CONFLICT
         found: list[str | None] = []
+        named: dict[str, str] = {}
         for name in names:
-            keys = (*_keys(os.path.join(inside, name)), *_keys(name))
-            label = next((labels[key] for key in sorted(keys, key=_depth) if key in labels), None)
+            keys = sorted((*_keys(os.path.join(inside, name)), *_keys(name)), key=_depth)
+            key = next((key for key in keys if key in labels), None)
+            label = None if key is None else labels[key]
             if label is _CONFLICT:
                 raise ShardError(
                     f"{self.path} gives {name!r} several labels: --labels FILE names another list, "
                     "--layout flat does without labels"
                 )
+            if key is not None and named.setdefault(key, name) != name:
+                raise ShardError(
+                    f"{self.path} does not say which of {named[key]!r} and {name!r} it means by "
+                    f"{key!r}: write names with their folders"
+                )
             found.append(label)
         return found
+
+    def shares(self, names: Iterable[str], others: Container[str]) -> str | None:
+        """One of `names` that is also among `others`, and that the list names without a folder."""
+        bare = {key for entry, _ in self.entries if "/" not in entry for key in _keys(entry)}
+        return next((n for n in names if n in others and bare.intersection(_keys(n))), None)
 
 
 def _depth(key: str) -> int:
@@ -288,7 +300,9 @@ def number_labels(
         return [label_of[label] for label in labels], classes, note_of_numbers(distinct)
     label_of = {entry.id: number for number, entry in enumerate(base)}
     label_of |= {e.name: n for n, e in enumerate(base) if e.name and e.name not in label_of}
+    note = ""
     if numbers and not label_of.keys() & set(distinct):
+        note = f"labels in {origin} are numbers: positions among the {len(base)} classes, from 0"
         label_of = {label: int(label) for label in distinct if int(label) < len(base)}
     unknown = next((label for label in distinct if label not in label_of), None)
     if unknown is not None:
@@ -296,7 +310,7 @@ def number_labels(
             f"{origin}: class {unknown!r} is none of the {len(base)} classes of the set: labels "
             "would have no meaning"
         )
-    return [label_of[label] for label in labels], tuple(base), ""
+    return [label_of[label] for label in labels], tuple(base), note
 
 
 def _numbered(distinct: Sequence[str]) -> list[str]:
