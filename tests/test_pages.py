@@ -56,7 +56,6 @@ RUNS: dict[str, Run | Skipped] = {
         "--engine reference",
         "2 samples, 10 views each",
     ),
-    "torchrun --standalone --nproc-per-node 8 training/train.py ...": Skipped("the next one does"),
     "python tools/make_tables.py": Skipped("test_make_tables does, without writing"),
     # shards/README.md
     "python tools/make_shards.py photos/ --out data/photos": Run("--workers 1", "complete already"),
@@ -268,9 +267,10 @@ def test_a_store_is_read_as_the_page_says(cifar10: Path) -> None:
 @pytest.mark.slow
 def test_the_encoder_is_a_timm_model(place: Path) -> None:
     """In small: the run above is of another backbone than the page's."""
-    (loading,) = [block for block in python_blocks(README) if "checkpoint_path" in block]
-    check = "import torch\nassert encoder(torch.zeros(1, 3, 64, 64)).shape[0] == 1\n"
-    run(place, sys.executable, "-c", loading.replace("resnet50", "test_resnet") + check)
+    (loading,) = [block for block in python_blocks(README) if "local-dir" in block]
+    check = "from PIL import Image\nseen = transform(Image.open('photos/val/cat/0.jpg'))[None]\n"
+    check += "assert encoder(seen).shape[0] == 1\n"
+    run(place, sys.executable, "-c", loading + check)
 
 
 def test_every_python_block_is_one_of_those_above() -> None:
