@@ -5,10 +5,8 @@ and labels come from the index alone, so everything random about a batch can be 
 of it is read. Bytes are views into the page cache wherever the file holds them as they are.
 """
 
-import glob
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,15 +21,14 @@ from headrace.shards.index import INDEX_FILE, RAW, Index, ShardError, read_index
 from headrace.shards.local import local_path
 from headrace.shards.manifest import MANIFEST_FILE, PARTS_DIRECTORY, read_manifest
 from headrace.shards.mapping import MappedFiles
+from headrace.shards.patterns import expand, is_pattern
 from headrace.shards.sources.layout import AS_FOUND, Ambiguous, Choices, Layout
-from headrace.shards.sources.recognise import NothingFound, recognise
+from headrace.shards.sources.recognise import NothingFound, recognise, refuse_choices
 from headrace.shards.sources.samples import FolderSamples
 from headrace.shards.sources.vocabulary import SPLITS
 from headrace.shards.tar_sets import TarSet, recognise_tars, refuse_packed, tar_set
 
 _SHARD_ENDINGS = (".tar", ".beton")
-_PATTERN = re.compile(r"[*?\[{]")
-_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _OF_A_FILE = ("length", "height", "width")
 _EXPECTED = (
     "expected a directory that make_shards wrote, a .beton file, WebDataset tars (a path, a glob, "
@@ -265,7 +262,7 @@ def open_store(
 
 def _open(text: str, split: str | Sequence[str] | None, choices: Choices) -> IndexedStore:
     path = local_path(text)
-    if not path.exists() and not _PATTERN.search(text):
+    if not path.exists() and not is_pattern(text):
         raise ShardError(f"{path} does not exist; {_EXPECTED}")
     written = _is_written(path)
     if choices != AS_FOUND and (written or not path.is_dir()):
@@ -274,6 +271,7 @@ def _open(text: str, split: str | Sequence[str] | None, choices: Choices) -> Ind
         )
     tars = _tars_of_others(path) if path.is_dir() else None
     if tars is not None:
+        refuse_choices(path, choices)
         return _open_tar_set(str(path), tars, split)
     if path.is_dir() and not written:
         return _open_folder(path, split, choices)
@@ -281,7 +279,7 @@ def _open(text: str, split: str | Sequence[str] | None, choices: Choices) -> Ind
         return _open_written(path if (path / MANIFEST_FILE).is_file() else _split_of(path, split))
     if path.suffix == ".beton":
         return _open_beton(path)
-    paths = (path,) if path.is_file() else tuple(_expand(str(path)))
+    paths = (path,) if path.is_file() else tuple(expand(str(path)))
     return _open_tars(str(path), paths, None if path.is_file() else split)
 
 
@@ -460,6 +458,9 @@ def _open_tar_set(uri: str, tars: TarSet, split: str | Sequence[str] | None) -> 
     if chosen not in (None, "train") and "train" in tars.splits:
         train = open_tars(tars.splits["train"])
         foreign = numbered_by(foreign, train, f"the {chosen} tars of {uri}")
+    notes = foreign.notes
+    if others := [name for name in tars.splits if name != chosen]:
+        notes += (f"these are the {chosen} tars; those of {' and '.join(others)} are not used",)
     per_shard = np.bincount(foreign.index.rows["shard"], minlength=len(paths))
     return IndexedStore(
         uri,
@@ -468,34 +469,6 @@ def _open_tar_set(uri: str, tars: TarSet, split: str | Sequence[str] | None) -> 
         np.concatenate(([0], np.cumsum(per_shard))).astype(np.int64),
         foreign.index,
         MappedFiles(paths, tuple(path.stat().st_size for path in paths)),
-        notes=foreign.notes,
+        notes=notes,
         opened=Opened(uri, chosen),
     )
-
-
-def _expand(pattern: str) -> Iterator[Path]:
-    """The files of a pattern: brace alternatives in their order, each a path or a glob."""
-    for alternative in _expand_braces(pattern):
-        if os.path.exists(alternative):
-            yield Path(alternative)
-            continue
-        matches = sorted(glob.glob(alternative))
-        if not matches:
-            raise ShardError(f"{alternative} does not exist; {pattern} names it")
-        yield from map(Path, matches)
-
-
-def _expand_braces(pattern: str) -> Iterator[str]:
-    match = _BRACES.search(pattern)
-    if match is None:
-        yield pattern
-        return
-    first, last, alternatives = match.groups()
-    if alternatives is not None:
-        choices = alternatives.split(",")
-    elif int(first) <= int(last):
-        choices = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-    else:
-        raise ShardError(f"{pattern}: the range {match[0]} runs backwards")
-    for choice in choices:
-        yield from _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])

@@ -17,6 +17,7 @@ from PIL import Image
 from headrace.shards.index import ShardError
 from headrace.shards.manifest import ClassName
 from headrace.shards.sources import list_source
+from headrace.shards.sources.layout import Choices
 from headrace.shards.sources.matlab import read_matlab
 from headrace.shards.sources.samples import SampleReader, SourceSplit, estimate_bytes
 from headrace.shards.store import open_store
@@ -641,3 +642,20 @@ def test_a_folder_of_a_phones_pictures_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "IMG_1.HEIC").write_bytes(b"")
     with pytest.raises(ShardError, match=r"no images found .*; convert HEIC to JPEG to have them"):
         list_source(tmp_path)
+
+
+@pytest.mark.parametrize("choices", [Choices(layout="flat"), Choices(classes=Path("c.txt"))])
+def test_what_is_said_of_folders_is_refused_for_anything_else(
+    tmp_path: Path, choices: Choices
+) -> None:
+    tars, arrays, parquet = (tmp_path / name for name in ("tars", "arrays", "parquet"))
+    write_tar(tars / "train-0.tar", shard_files(0, 2))
+    arrays.mkdir()
+    images = np.zeros((1, 4, 4, 3), np.uint8)
+    np.savez(arrays / "train.npz", images=images, labels=np.array([0]), classes=np.array(["a"]))
+    parquet_of(parquet / "train-0.parquet", {"label": [0]}, [b"1"])
+    for source in (tars, tars / "train-0.tar", arrays, parquet):
+        with pytest.raises(ShardError, match=r"say how folders of images are read"):
+            list_source(source, choices=choices)
+    with pytest.raises(ShardError, match=r"say how folders of images are read"):
+        open_store(tars, "train", layout="flat")

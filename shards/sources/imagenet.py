@@ -172,6 +172,8 @@ def _members(path: Path, start: int, end: int) -> Iterator[tarfile.TarInfo]:
                 for member in tar:
                     if member.offset_data + member.size > end:
                         raise ShardError(f"{path} ends early: it was not copied completely")
+                    if member.issym() or member.islnk():
+                        raise ShardError(f"{path}: {member.name} is a link: pack the files")
                     if member.isfile():
                         yield member
     except tarfile.TarError as error:

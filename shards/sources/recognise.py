@@ -9,6 +9,7 @@ option that decides. The whole tree is listed once, and every image that is not 
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from headrace.shards.index import INDEX_FILE, ShardError
@@ -88,10 +89,12 @@ def require_split(recognised: Recognised, only: str | None) -> None:
 
 def _look(source: Path, wanted: Sequence[str] | None, choices: Choices) -> Recognised:
     if source.is_file():
+        refuse_choices(source, choices)
         return _look_at_file(source)
     tree = walk(str(source))
     arrays = find_arrays(tree)
     if arrays is not None:
+        refuse_choices(source, choices)
         only = _chosen(arrays.by_split, wanted)
         splits = list_arrays(arrays, only)
         return Recognised(
@@ -100,10 +103,12 @@ def _look(source: Path, wanted: Sequence[str] | None, choices: Choices) -> Recog
     _refuse_shards(source)
     tar_set = recognise_tars(source)
     if tar_set is not None:
+        refuse_choices(source, choices)
         splits = list_tar_set(tar_set, _chosen(tar_set.splits, wanted))
         return Recognised(source, _sorted(splits), _others(tar_set.splits, splits))
     parquet = _by_split(source, _files_of(tree, ".parquet"))
     if parquet and not tree.images_below:
+        refuse_choices(source, choices)
         only = _chosen(parquet, wanted)
         splits = list_parquet(parquet, only)
         return Recognised(
@@ -123,6 +128,16 @@ def _look(source: Path, wanted: Sequence[str] | None, choices: Choices) -> Recog
     counts = {place.split: place.images for place in places}
     others = _others(names, splits, counts)
     return Recognised(source, _sorted(splits), others, unused_images(tree, places))
+
+
+def refuse_choices(source: Path, choices: Choices) -> None:
+    """Raise `ShardError` where something is said that is without effect: this is no folder."""
+    given = [part.name for part in fields(choices) if getattr(choices, part.name) != part.default]
+    if given:
+        raise ShardError(
+            f"{source}: {' and '.join(given)} say how folders of images are read, and this is "
+            "none: leave it out (a classes.txt beside tars names their classes)"
+        )
 
 
 def _refuse_shards(source: Path) -> None:
