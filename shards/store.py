@@ -459,7 +459,8 @@ def _open_tar_set(uri: str, tars: TarSet, split: str | Sequence[str] | None) -> 
         train = open_tars(tars.splits["train"])
         foreign = numbered_by(foreign, train, f"the {chosen} tars of {uri}")
     notes = foreign.notes
-    if others := [name for name in tars.splits if name != chosen]:
+    others = [name for name in tars.splits if name and name != chosen]
+    if others:
         notes += (f"these are the {chosen} tars; those of {' and '.join(others)} are not used",)
     per_shard = np.bincount(foreign.index.rows["shard"], minlength=len(paths))
     return IndexedStore(

@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 from headrace.shards.index import ShardError
 
 BLOCK_BYTES = 512
+_PADDING_BYTES = 1 << 16  # tar fills its last record, of 10 kB or what -b says, with zeros
 IMAGE_EXTENSIONS = (
     "jpg", "jpeg", "png", "webp", "ppm", "bmp",
     "jpe", "pgm", "pnm", "tif", "tiff", "gif", "jp2", "avif", "mpo",

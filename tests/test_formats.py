@@ -452,6 +452,14 @@ def test_scan_refuses(tmp_path: Path, members: dict[str, bytes], words: str) -> 
         scan_tar(tmp_path / "x.tar")
 
 
+def test_a_second_tar_behind_the_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    write_tar(path, mixed_records(2))
+    path.write_bytes(2 * path.read_bytes())
+    with pytest.raises(ShardError, match=r"x.tar goes on behind its end .*tar --concatenate"):
+        scan_tar(path)
+
+
 def test_scan_refuses_double_keys_and_damaged_tars(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as archive:
