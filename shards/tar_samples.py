@@ -126,8 +126,8 @@ def iterate_members(path: Path, start: int = 0) -> Iterator[Member]:
             raise ShardError(f"{path} is damaged or cut off at byte {end}: fetch or write it again")
         if not start and any(file.read(_PADDING_BYTES)):
             raise ShardError(
-                f"{path} goes on behind its end at byte {end}: tars joined by `cat` are read to the "
-                "end of the first; keep them apart, or join them with `tar --concatenate`"
+                f"{path} goes on behind its end at byte {end}: tars joined by `cat` are read to "
+                "the end of the first; keep them apart, or join them with `tar --concatenate`"
             )
 
 
