@@ -360,3 +360,10 @@ def test_what_is_built_in_code_is_checked_as_the_command_line_is(
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         build()
+
+
+def test_a_count_of_0_drops_a_view() -> None:
+    config = parse("--method dino --augmentation.local.count 0")
+    assert [view.name for view in config.augmentation.views] == ["global_1", "global_2"]
+    assert "has no views" in refusal("--method supervised --augmentation.view.count 0")
+    assert "count is -1" in refusal("--method dino --augmentation.local.count -1")

@@ -15,10 +15,12 @@ import torch
 from headrace import training
 from headrace.shards.store import open_store
 from headrace.training.class_numbers import numbered_alike
+from headrace.training.collapse import collapse_in_words
 from headrace.training.command_line import parse_command_line
 from headrace.training.inputs import feature_pass
 from headrace.training.method import Method
 from headrace.training.preset import ConfigError
+from headrace.training.run.directory import CheckpointError
 from headrace.training.validation import Validation, prepare_validation
 from headrace.training.world import World
 from tests.handmade_runs import make_images
@@ -181,3 +183,68 @@ def test_a_classifier_is_not_judged_by_images_without_labels(
         (flat / f"{number}.png").write_bytes(image.read_bytes())
     with pytest.raises(ConfigError, match=r"none of the 21 images of .* has a label"):
         train(small_run(data, tmp_path / "run", "supervised") + f"--data.val {flat}")
+
+
+# --------------------------------------------------------------------------- what is kept, and said
+
+
+def test_encoders_are_kept_and_judged_like_runs(
+    data: Path, tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    options = f"--data.val {data} --run.keep-every 2 --run.keep-best val_loss "
+    assert train(small_run(data, out) + options + "--run.evaluate-every 0.3") == 0
+    assert {path.name for path in (out / "kept").iterdir()} == {
+        "step-2",
+        "step-4",
+        "step-6",
+        "best",
+    }
+    losses = {line["step"]: line["val_loss"] for line in metrics(out) if "val_loss" in line}
+    best = json.loads((out / "kept" / "best" / "config.json").read_text())["derived"]
+    assert losses[best["kept_step"]] == min(losses.values()) == best["best"]["value"]
+    last = (out / "encoder.safetensors").read_bytes()
+    assert (out / "kept" / "step-6" / "encoder.safetensors").read_bytes() == last
+    assert (out / "kept" / "step-2" / "encoder.safetensors").read_bytes() != last
+    judge = runpy.run_path(str(TRAIN.parent / "evaluate.py"), run_name="judged")["main"]
+    capsys.readouterr()
+    assert judge([str(out / "kept" / "step-4"), "--k", "5", "--data.val", str(data)]) == 0
+    assert "after 4 steps" in capsys.readouterr().out
+
+
+def test_what_is_never_measured_is_never_best(data: Path, tmp_path: Path, train: Train) -> None:
+    with pytest.raises(ConfigError, match=r"measures nothing; give it --data.val"):
+        train(small_run(data, tmp_path / "a") + "--run.keep-best val_loss")
+    with pytest.raises(ConfigError, match="this run measures val_loss, val_knn_top1"):
+        train(small_run(data, tmp_path / "b") + f"--run.keep-best val_top1 --data.val {data}")
+
+
+def test_a_collapse_is_said_in_words() -> None:
+    objective = small_preset("dino", out_dim=64).objective
+    assert "all 64 prototypes alike" in collapse_in_words({"teacher_entropy": 4.1588}, objective)
+    assert "one prototype for every image" in collapse_in_words({"teacher_entropy": 0}, objective)
+    assert collapse_in_words({"teacher_entropy": 2.0, "loss": 1.0}, objective) == ""
+    assert "one direction" in collapse_in_words({"spread": 0.001}, small_preset("byol").objective)
+    assert collapse_in_words({"spread": 0.5}, small_preset("byol").objective) == ""
+
+
+def test_a_run_that_collapses_says_so(
+    data: Path, tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--objective.teacher-temperature 1 --objective.warmup-teacher-temperature 1"
+    assert train(small_run(data, tmp_path / "run", "dino") + options) == 0
+    assert "prototypes alike, whatever the image" in capsys.readouterr().out
+
+
+def test_a_longer_run_names_a_way_and_micro_batches_of_mae_may_change(
+    data: Path, tmp_path: Path, train: Train
+) -> None:
+    line = small_run(data, tmp_path / "run", "mae").replace("--backbone test_resnet", "")
+    assert train(line) == 0
+    with pytest.raises(CheckpointError, match=r"--init .*run and another --run\.out"):
+        train(line.replace("--run.steps 6", "--run.steps 9"))
+    assert train(line + "--run.accumulate 2") == 0
+    other = small_run(data, tmp_path / "other")
+    assert train(other) == 0
+    with pytest.raises(CheckpointError, match="accumulate was 1 and is 2"):
+        train(other + "--run.accumulate 2")

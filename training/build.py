@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from headrace.pipelines.recipe import Augmentation
@@ -64,6 +67,41 @@ def facts_of(
         mean=augmentation.mean,
         std=augmentation.std,
         masks=tuple(view.mask for view in views),
+    )
+
+
+def method_of_run(
+    config: Config,
+    store: Store,
+    subset: NDArray[np.int64] | None,
+    *,
+    epoch_steps: int,
+    steps: int,
+    resumed: bool,
+    say: Callable[[list[str]], None],
+) -> Method:
+    """The method that a run trains, as `build_method` makes it."""
+    run, holdout = config.run, config.data.holdout
+    facts = facts_of(
+        config.augmentation,
+        num_classes=len(store.classes),
+        train_samples=len(store),
+        batch_size=config.data.batch_size,
+        steps_per_epoch=epoch_steps,
+        total_steps=steps,
+        init=config.init,
+    )
+    return build_method(
+        config.method,
+        config.objective,
+        config.backbone,
+        config.backbone_options,
+        facts,
+        run.seed,
+        resumed=resumed,
+        compiled=run.compile,
+        images=partial(sample_images, store, config.test, run.seed, subset=subset, holdout=holdout),
+        say=say,
     )
 
 

@@ -283,6 +283,8 @@ def _augmented(augmentation: Augmentation, given: Any) -> Augmentation:
     views = []
     for view in augmentation.views:
         values = getattr(given, view.name)
+        if values.count == 0:
+            continue
         options = iter([getattr(values, name) for name, _ in _named_ops(view)])
         ops = tuple(op if isinstance(op, OneOf) else next(options) for op in view.ops)
         mask = values.mask if view.mask is not None else None

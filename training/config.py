@@ -86,6 +86,11 @@ class Run:
     """Of the stream, of the initial weights and of all randomness of the model."""
     save_every: int = 1000
     """Steps between checkpoints; one is always written at the end."""
+    keep_every: int = 0
+    """Steps between encoders that are kept, RUN/kept/step-N; 0: only the last one."""
+    keep_best: str | None = None
+    """Keep the encoder of the best evaluation, RUN/kept/best, by this metric: val_loss,
+    val_knn_top1, holdout_loss, ..."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     evaluate_every: float = 1.0
@@ -94,7 +99,7 @@ class Run:
     resume: Literal["auto", "never"] = "auto"
     """auto: continue where the checkpoint in the run's directory stands."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on CUDA, fp32 elsewhere."""
+    """auto: bf16 autocast on GPUs that compute in bf16 (Ampere and later), fp32 elsewhere."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda where there is one, else cpu. mps: Apple's GPU, one process; what needs float64
     cannot run there. Written without one at hand."""
@@ -115,7 +120,7 @@ class Run:
         )
         require_count("run", self, "steps", "save_every", "log_every", "accumulate")
         require_positive("run", self, "epochs")
-        require_not_negative("run", self, "seed", "evaluate_every")
+        require_not_negative("run", self, "seed", "evaluate_every", "keep_every")
         require(
             not self.gradient_cache or self.accumulate > 1,
             "--run.gradient-cache needs micro-batches: give --run.accumulate, their number per "

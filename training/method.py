@@ -121,6 +121,9 @@ class Method(nn.Module):
     least_samples: int = 1
     """Samples, over all ranks, that `objective` has to see at once to mean anything."""
 
+    couples_samples: bool = True
+    """Whether a sample's loss depends on the others of its micro-batch. Where it does not, a run
+    may go on with other micro-batches."""
     compiles: bool = True
     """Whether --run.compile has anything to compile: the encoder as a whole or its blocks."""
 

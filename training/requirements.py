@@ -6,6 +6,7 @@ from typing import Any
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from headrace.training.config import Config
+from headrace.training.gradients import has_batch_norm
 from headrace.training.method import Method
 from headrace.training.preset import require
 
@@ -19,6 +20,13 @@ def require_runnable(config: Config, method: Method, world_size: int) -> None:
         f"--run.compile has nothing to compile in {config.method}, which runs the layers of its "
         f"network one by one: leave it out",
     )
+
+
+def free_on_resume(method: Method) -> tuple[str, ...]:
+    """What of a run's fingerprint may change when it goes on: micro-batches are mere slices of the
+    batch where nothing is coupled across it."""
+    coupled = method.couples_samples or has_batch_norm(method)
+    return () if coupled else ("accumulate",)
 
 
 def _require_still_networks(name: str, method: Method, options: Mapping[str, Any]) -> None:

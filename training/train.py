@@ -13,7 +13,6 @@ if __name__ == "__main__":
     launch.train()
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from headrace.pipelines.loader import Loader
 from headrace.shards.store import Store
 from headrace.training import optim
 from headrace.training.blocks import norm
-from headrace.training.build import build_method, facts_of, with_backbone
+from headrace.training.build import method_of_run, with_backbone
 from headrace.training.catalogue import find_method
+from headrace.training.collapse import collapse_in_words
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config, steps_between, total_steps
 from headrace.training.data_sets import census_of, largest_side_pixels, open_train
@@ -35,24 +35,24 @@ from headrace.training.inputs import (
     feature_pass,
     fitted_batch,
     open_training_loader,
-    sample_images,
     with_paths,
 )
 from headrace.training.meters import Meters
 from headrace.training.method import Method, Progress
 from headrace.training.parallel import model_for
-from headrace.training.requirements import require_runnable
+from headrace.training.requirements import free_on_resume, require_runnable
 from headrace.training.run import checkpoint
 from headrace.training.run.directory import begin
 from headrace.training.run.export import timm_config
 from headrace.training.run.faults import Faults, UnusableImage, how_to_go_on
 from headrace.training.run.journal import open_journal
+from headrace.training.run.kept import Kept, require_metric
 from headrace.training.run.lock import locked
 from headrace.training.run.what_now import what_now
 from headrace.training.step import early_parameters, optimiser_step
 from headrace.training.subset import read_subset
 from headrace.training.validation import prepare_validation
-from headrace.training.world import World, join, seed_layers
+from headrace.training.world import World, join, seed_layers, takes_bf16
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -83,28 +83,14 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
     steps = total_steps(run, epoch_steps)
 
     # ----------------------------------------------------------------------------------- Method
-    facts = facts_of(
-        config.augmentation,
-        num_classes=len(store.classes),
-        train_samples=len(store),
-        batch_size=data.batch_size,
-        steps_per_epoch=epoch_steps,
-        total_steps=steps,
-        init=config.init,
-    )
     about_weights: list[str] = []
-    method = build_method(
-        config.method,
-        config.objective,
-        config.backbone,
-        config.backbone_options,
-        facts,
-        run.seed,
+    method = method_of_run(
+        config,
+        store,
+        subset,
+        epoch_steps=epoch_steps,
+        steps=steps,
         resumed=before is not None,
-        compiled=run.compile,
-        images=partial(
-            sample_images, store, config.test, run.seed, subset=subset, holdout=data.holdout
-        ),
         say=about_weights.extend,
     )
     method.to(world.device)
@@ -117,13 +103,14 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
     # ---------------------------------------------------------------------------- Optimisation
     schedule = optim.Schedule(config.optim, data.batch_size, steps / epoch_steps)
     optimizer = optim.build_optimizer(method.param_groups(), schedule)
-    bf16 = run.precision == "bf16" or (run.precision == "auto" and world.device.type == "cuda")
+    bf16 = takes_bf16(run.precision, world.device)
     guard = Guard(method, optimizer, world, signals, early_parameters(method))
 
     # ------------------------------------------------------------------------------ Other passes
     context = feature_pass(config, store, subset, world, loader.engine_name, bf16=bf16)
     validation = prepare_validation(config, method, context)
     evaluate_steps = steps_between(run.evaluate_every, epoch_steps) or steps
+    require_metric(run.keep_best, validation.names)
 
     # ------------------------------------------------------------------------ Begin or continue
     fingerprint = config.fingerprint(
@@ -132,7 +119,8 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
     faults = Faults(store, before.get("faults") if before else None)
     if before:
         faults.accept_repairs(before)
-        checkpoint.require_same(out, before["fingerprint"], fingerprint)
+        free = free_on_resume(method)
+        checkpoint.require_same(out, before["fingerprint"], fingerprint, free=free)
         method.load_state_dict(before["method"])
         optimizer.load_state_dict(before["optimizer"])
         if before["step"] % epoch_steps:
@@ -140,11 +128,13 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
         loader.load_state_dict(before["loader"])
     network = timm_config(method.encoder, config.test, store.classes)
     start = before["step"] if before else 0
+    kept = Kept(out, world, start, keep_every=run.keep_every, keep_best=run.keep_best)
     meters = Meters(world, data.batch_size, before["meters"] if before else None)
     if world.is_main and start < steps:
         derived = {"steps": steps, "learning_rate": schedule.peak, "world_size": world.size}
         derived |= {"engine": loader.engine_name, "precision": context.precision}
         derived |= {"classes": len(store.classes), "epoch_steps": epoch_steps}
+        derived |= {"class_names": list(store.classes)}
         begin(out, start, config.declaration(), derived, fingerprint)
 
     def state(step: int) -> dict[str, Any]:
@@ -225,13 +215,20 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
                 return checkpoint.fail(out, verdict.failed_step, verdict.ids, state(done), world)
             meters.step(report.scalars)
             journal.advance()
+            evaluated: dict[str, float] = {}
             if logging:
                 values = {"step": done, "epoch": done / epoch_steps, **meters.take(), **rates}
                 with meters.paused():
-                    evaluated = validation.measure(method, progress) if evaluating else {}
+                    if evaluating:
+                        evaluated = validation.measure(method, progress)
                 journal.record(values, evaluated)
+                if collapsed := collapse_in_words(values, config.objective):
+                    journal.say(collapsed)
                 if evaluating and (left_out := require_images(done, begun=False)):
                     journal.say(left_out)
+            if names := kept.due(done, evaluated):
+                with meters.paused():
+                    kept.write(names, done, method.exports(), network)
             if saving or verdict.stop:
                 with meters.paused():
                     journal.flush()

@@ -51,6 +51,16 @@ class Validation:
     sets: Mapping[str, HeldOut]
     sentences: tuple[str, ...]
 
+    @property
+    def names(self) -> list[str]:
+        """Of the numbers that `measure` gives, but for what is a method's own beside top1."""
+        names: list[str] = []
+        for name, held_out in self.sets.items():
+            names += [f"{name}_loss"] if held_out.loss_batch else []
+            names += [f"{name}_knn_top1"] if held_out.neighbours else []
+            names += [f"{name}_top1"] if held_out.evaluated else []
+        return names
+
     @torch.no_grad()
     def measure(self, method: Method, progress: Progress) -> dict[str, float]:
         """{"holdout_loss": ..., ...}. Every rank calls it and gets the same."""

@@ -87,6 +87,14 @@ def join(device: Literal["auto", "cpu", "cuda", "mps"] = "auto") -> Iterator[Wor
     dist.destroy_process_group()
 
 
+def takes_bf16(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> bool:
+    """Whether forward passes are autocast to bf16: where it is asked for, and for "auto" on GPUs
+    that compute in it themselves (older ones would be slower for it)."""
+    if precision != "auto":
+        return precision == "bf16"
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def seed_layers(seed: int, step: int, world: World) -> None:
     """Seed torch's global generator from (seed, step, rank), for layers that insist on it.
 

@@ -135,6 +135,8 @@ def shrink_branches(blocks: nn.Sequential) -> None:
 class Ijepa(Method):
     """`encoder` follows `context_encoder`, which is trained with the predictor."""
 
+    couples_samples = False
+
     def __init__(self, options: Objective, make_encoder: MakeEncoder, mask: MultiBlockMask) -> None:
         super().__init__()
         self.options = options

@@ -3,7 +3,7 @@
 import pickle
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,18 +55,27 @@ def load(
     return state
 
 
-def require_same(directory: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def require_same(
+    directory: Path, old: Mapping[str, Any], new: Mapping[str, Any], *, free: Sequence[str] = ()
+) -> None:
     """Raises CheckpointError, naming what differs, where a run would continue as another one.
 
-    What an older version did not write down it could not change either.
+    What an older version did not write down it could not change either. free: names of what may
+    differ.
     """
-    later = {key: new[key] for key in _WRITTEN_LATER if key in new}
-    if changed := differences({**later, **old}, new):
+    later = {key: new[key] for key in _WRITTEN_LATER if key in new and key not in old}
+    free_ones = {key: new[key] for key in free}
+    if changed := differences({**old, **later, **free_ones}, new):
+        longer = old.get("total_steps") != new.get("total_steps")
+        instead = (
+            f". A run has one length, for its schedules run to its end: a new one starts from this "
+            f"one's encoder with --init {directory} and another --run.out"
+        )
         more = len(changed) - _DIFFERENCES_SHOWN
         raise CheckpointError(
             f"{directory} holds another run: {'; '.join(changed[:_DIFFERENCES_SHOWN])}"
             + (f"; and {more} more" if more > 0 else "")
-            + ". Start it as it was, or choose another --run.out"
+            + (instead if longer else ". Start it as it was, or choose another --run.out")
         )
 
 

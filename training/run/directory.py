@@ -8,6 +8,7 @@ encoder/               the encoder of the same step for timm, with the pictures 
                        timm.create_model("local-dir:RUN/encoder", pretrained=True)
 encoder.safetensors    its weights alone: the same file under a second name
 classifier/ .safetensors  the same with its last layer, of methods that train one
+kept/                  encoders of --run.keep-every and --run.keep-best, each as a run of its own
 tensorboard/           the metrics again
 lock                   held by the process that writes here, whose id is in lock-holder
 failed-step-N.pt       the state before step N, whose loss was not finite

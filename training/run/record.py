@@ -86,7 +86,7 @@ def read_record(run: Path) -> Record:
             approximate=tuple(config["data"].get("approximate", ())),
             init=_path(config["init"]),
             batch_size=config["data"]["batch_size"],
-            step=_saved_step(run / CHECKPOINT_FILE),
+            step=derived.get("kept_step", _saved_step(run / CHECKPOINT_FILE)),
             total_steps=int(derived["steps"]),
             classes=derived.get("classes"),
             train_samples=stream.get("order", {}).get("samples"),
