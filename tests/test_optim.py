@@ -95,6 +95,30 @@ def test_a_whole_cosine_begins_with_the_run() -> None:
     assert 0.01 < max(apart) < 0.02
 
 
+def test_a_stable_rate_decays_at_the_end_alone() -> None:
+    """Warmup-stable-decay: until the decay begins, the length of the run changes nothing."""
+    optim = Optim(
+        learning_rate=1,
+        final_learning_rate=0.2,
+        warmup_epochs=1,
+        schedule="stable_decay",
+        decay_epochs=2,
+    )
+    short, long = Schedule(optim, 256, 10), Schedule(optim, 256, 20)
+    for epoch in (0, 0.5, 1, 5, 8):
+        assert short.learning_rate_at(epoch / 10) == pytest.approx(
+            long.learning_rate_at(epoch / 20)
+        )
+    assert [short.learning_rate_at(epoch / 10) for epoch in (1, 8, 9, 10)] == pytest.approx(
+        [1, 1, 0.6, 0.2]
+    )
+    assert Schedule(optim, 256, 1).learning_rate_at(1) == 1  # nothing but its warm-up
+    cut = Schedule(replace(optim, decay_epochs=50), 256, 10)
+    assert [cut.learning_rate_at(epoch / 10) for epoch in (0.5, 1, 5.5, 10)] == pytest.approx(
+        [0.5, 1, 0.6, 0.2]
+    )
+
+
 @pytest.mark.parametrize("epoch_steps", [1, 3, 7, 1251])
 def test_a_rate_per_epoch_changes_with_the_first_step_of_each(epoch_steps: int) -> None:
     schedule = Schedule(Optim(learning_rate=1, warmup_epochs=0, per_epoch=True), 256, 9)

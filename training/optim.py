@@ -59,6 +59,11 @@ class Schedule:
                 return schedules.warmup_cosine(progress, self.peak, final, warmup, start)
             case "whole_cosine":
                 return schedules.cosine(progress, self.peak, final)
+            case "stable_decay":
+                # A decay that is longer than what the warm-up left of the run begins behind it.
+                decay = min(optim.decay_epochs / self.total_epochs, 1 - warmup)
+                passed = (progress - (1 - decay)) / decay if decay > 0 else 0.0
+                return schedules.linear(passed, self.peak, final)
             case "constant":
                 return self.peak
             case "steps":

@@ -71,9 +71,11 @@ class Optim:
     """Epochs of linear warm-up."""
     warmup_from: float = 0.0
     """Learning rate at the first step, under the same rule of scaling."""
-    schedule: Literal["cosine", "whole_cosine", "constant", "steps"] = "cosine"
+    schedule: Literal["cosine", "whole_cosine", "constant", "steps", "stable_decay"] = "cosine"
     """What follows the warm-up: a cosine that begins at its end, or the rest of one that began with
-    the run."""
+    the run; stable_decay: the peak until the last decay-epochs, which lead straight down."""
+    decay_epochs: float = 0.0
+    """stable_decay: epochs at the end of the run."""
     per_epoch: bool = False
     """The learning rate is set at the beginning of an epoch and stays, as older code has it."""
     milestones: tuple[float, ...] = ()
@@ -105,6 +107,7 @@ class Optim:
             "final_learning_rate",
             "warmup_epochs",
             "warmup_from",
+            "decay_epochs",
             "weight_decay",
             "final_weight_decay",
         )
@@ -126,6 +129,10 @@ class Optim:
             self.schedule != "steps" or len(self.milestones) > 0,
             "--optim.schedule steps needs --optim.milestones, fractions of the run",
         )
+        require(
+            self.schedule != "stable_decay" or self.decay_epochs > 0,
+            "--optim.schedule stable_decay needs --optim.decay-epochs, at the end of the run",
+        )
 
 
 _OF_OPTIMISERS: Mapping[str, tuple[str, ...]] = {
@@ -138,7 +145,8 @@ _OF_OPTIMISERS: Mapping[str, tuple[str, ...]] = {
 _OF_SCHEDULES: Mapping[str, tuple[str, ...]] = {
     "milestones": ("steps",),
     "step_factor": ("steps",),
-    "final_learning_rate": ("cosine",),
+    "decay_epochs": ("stable_decay",),
+    "final_learning_rate": ("cosine", "whole_cosine", "stable_decay"),
 }
 
 
