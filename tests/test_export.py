@@ -25,6 +25,7 @@ from headrace.pipelines.recipe import Augmentation, View
 from headrace.shards.store import open_store
 from headrace.training.backbones import EncoderFactory, resolve_options
 from headrace.training.catalogue import find_method
+from headrace.training.judged_view import judged_pixels
 from headrace.training.run.export import export, export_all, timm_config
 from headrace.training.run.what_now import what_now
 
@@ -82,7 +83,7 @@ def test_a_stranger_sees_the_same(
     method: str, preset: str, backbone: str, photos: Path, tmp_path: Path
 ) -> None:
     view = find_method(method).presets[preset].test
-    pixels = view.flat_views[0].size
+    pixels = judged_pixels(view)
     torch.manual_seed(0)
     options = resolve_options(backbone, {"drop_path_rate": 0.1}, (32,), pixels)
     encoder = EncoderFactory(backbone, options)().eval()

@@ -71,6 +71,16 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             2,
             "s3://bucket/images is an address, and only files on this machine can be opened",
         ),
+        (
+            "training/train.py --method dino --data.train PHOTOS --data.val /none",
+            2,
+            "/none does not",
+        ),
+        (
+            "training/train.py --method dino --data.train PHOTOS --data.subset /none",
+            2,
+            "--data.subset /none cannot be read",
+        ),
         ("training/train.py --method dino --gpus many", 2, "error: --gpus many: give the number"),
         ("training/evaluate.py --help", 0, "--linear.epochs"),
         ("training/evaluate.py", 2, "error: the following arguments are required: RUN"),
@@ -91,8 +101,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("training/evaluate.py runs/x --json gs://bucket/y", 2, "gs://bucket/y is an address"),
     ],
 )
-def test_help_and_mistakes_do_not_wait_for_torch(command: str, code: int, said: str) -> None:
-    ended = script("-c", RUN_AND_TELL, *command.split())
+def test_help_and_mistakes_do_not_wait_for_torch(
+    command: str, code: int, said: str, photos: Path
+) -> None:
+    ended = script("-c", RUN_AND_TELL, *command.replace("PHOTOS", str(photos)).split())
     assert ended.returncode == code
     assert said in ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr

@@ -143,6 +143,7 @@ print(*(module.__file__ for name, module in sys.modules.items()
 
 def test_from_images_to_an_accuracy_without_a_clone(binaries: Path, place: Path) -> None:
     options = "--method simclr --data.batch-size 32 --run.steps 2 --run.out runs/first"
+    options += " --gpus 2 --run.device cpu"
     said = run(place, binaries / "headrace-train", *options.split())
     assert "finished: runs/first is at step 2 of 2" in said
     judged = ["--protocol", "knn", "--json", "knn.json"]

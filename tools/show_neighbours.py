@@ -38,9 +38,8 @@ from headrace.tools.arguments import positive
 from headrace.tools.contact_sheet import Cell, Group, contact_sheet
 from headrace.tools.view_pictures import class_name
 from headrace.training.build import trained_encoder, untrained_encoder
-from headrace.training.data_sets import open_train, root_with_val
+from headrace.training.data_sets import open_train, open_val, root_with_val
 from headrace.training.features import FeaturePass, Features
-from headrace.training.inputs import open_val
 from headrace.training.preset import ConfigError
 from headrace.training.protocols.knn import Neighbours, nearest, normalise
 from headrace.training.run.record import Record, read_record

@@ -48,8 +48,7 @@ from headrace.tools.view_pictures import (
     picture_of,
 )
 from headrace.training.build import built_method
-from headrace.training.data_sets import open_train
-from headrace.training.inputs import open_val
+from headrace.training.data_sets import open_train, open_val
 from headrace.training.preset import ConfigError
 from headrace.training.run import checkpoint
 from headrace.training.run.record import Record, read_record

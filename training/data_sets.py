@@ -1,4 +1,4 @@
-"""The training set as a run was given it: opened once per process, without torch."""
+"""The data sets as a run was given them: opened once per process, without torch."""
 
 from functools import cache
 from pathlib import Path
@@ -24,12 +24,17 @@ def open_train(path: Path | None) -> IndexedStore:
 
     Opened once per process: the command line looks at its sizes before the loop reads it.
     """
-    return _open_once(local_path(path or find_dataset()))
+    return _open_once(local_path(path or find_dataset()), "train")
+
+
+def open_val(path: Path) -> IndexedStore:
+    """The split to evaluate on: `val`, else `test`, of a root that has splits. Opened once too."""
+    return _open_once(local_path(path), ("val", "test"))
 
 
 @cache
-def _open_once(path: Path) -> IndexedStore:
-    return open_store(path, "train")
+def _open_once(path: Path, split: str | tuple[str, ...]) -> IndexedStore:
+    return open_store(path, split)
 
 
 def largest_side_pixels(store: Store) -> int:

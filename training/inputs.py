@@ -15,10 +15,10 @@ from headrace.pipelines.recipe import Augmentation
 from headrace.shards.cores import threads_per_rank, usable_cores
 from headrace.shards.local import local_path
 from headrace.shards.sources.vocabulary import SPLITS
-from headrace.shards.store import IndexedStore, Store, find_dataset, open_store
+from headrace.shards.store import Store, find_dataset
 from headrace.training.class_numbers import numbered_alike, unlabelled
 from headrace.training.config import Config
-from headrace.training.data_sets import open_train, root_with_val
+from headrace.training.data_sets import open_train, open_val, root_with_val
 from headrace.training.features import FeaturePass
 from headrace.training.preset import ConfigError, require
 from headrace.training.world import World
@@ -162,11 +162,6 @@ def held_out_passes(config: Config, training_pass: FeaturePass) -> dict[str, Fea
 def _threads(config: Config, world: World) -> int:
     """Of a rank's engine: its share of the cores that this machine's ranks have together."""
     return config.data.threads or threads_per_rank(usable_cores(), world.local_size)
-
-
-def open_val(path: Path) -> IndexedStore:
-    """The split to evaluate on: `val`, else `test`, of a root that has splits."""
-    return open_store(path, ("val", "test"))
 
 
 def open_labelled(train_path: Path | None, val_path: Path | None) -> tuple[Store, Store]:

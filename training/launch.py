@@ -16,13 +16,14 @@ from typing import NoReturn
 from headrace.training.catalogue import find_declaration
 from headrace.training.command_line import parse_command_line
 from headrace.training.config import Config
-from headrace.training.data_sets import largest_side_pixels, open_train
+from headrace.training.data_sets import largest_side_pixels, open_train, open_val
 from headrace.training.ending import run_and_exit
 from headrace.training.environment import adopt_slurm, is_launched
 from headrace.training.evaluate_options import parse_evaluate
 from headrace.training.preset import ConfigError, require
 from headrace.training.protocol import find_protocol_declaration
 from headrace.training.run.record import read_network
+from headrace.training.subset import read_subset
 
 GPUS_OPTION = "--gpus"
 
@@ -43,7 +44,9 @@ def _train(arguments: Sequence[str]) -> int:
     config = parse_command_line(
         arguments, lambda path: largest_side_pixels(open_train(path)), find_declaration
     )
-    open_train(config.data.train)
+    read_subset(config.data.subset, open_train(config.data.train))
+    if config.data.val is not None:
+        open_val(config.data.val)
     if gpus > 1:
         _check_devices(gpus, config.run.device)
         _check_ranks(config, gpus)
@@ -60,6 +63,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
     read_network(options.run)
     if options.train is not None:
         open_train(options.train)
+    if options.val is not None:
+        open_val(options.val)
     if gpus > 1:
         _check_devices(gpus, options.device)
         return _launch(gpus, arguments)
@@ -84,7 +89,6 @@ def _check_ranks(config: Config, ranks: int) -> None:
     once. What belongs to a method's own networks they say."""
     from headrace.training.build import with_backbone
     from headrace.training.inputs import fitted_batch, open_training_loader, with_paths
-    from headrace.training.subset import read_subset
     from headrace.training.world import World
 
     config, _ = with_paths(with_backbone(config))
