@@ -2,8 +2,9 @@
 not fit, and said how they were made to."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -17,10 +18,10 @@ from headrace.training.initial import fit_weights, read_initial_weights
 from headrace.training.preset import ConfigError
 from tests.handmade_runs import make_run
 
-VIT = {"patch_size": 4, "depth": 1}
+VIT: dict[str, Any] = {"patch_size": 4, "depth": 1}
 
 
-def network(name: str = "test_resnet", **options: object) -> nn.Module:
+def network(name: str = "test_resnet", **options: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return timm.create_model(name, **options)
@@ -49,9 +50,8 @@ def loaded(weights: Mapping[str, Tensor]) -> tuple[nn.Module, list[str]]:
     ],
 )
 def test_a_classifiers_file_in_any_wrapping_is_an_encoder(
-    ending: str, wrapped: object, tmp_path: Path
+    ending: str, wrapped: Callable[[dict[str, Tensor]], dict[str, Any]], tmp_path: Path
 ) -> None:
-    assert callable(wrapped)
     state = network(num_classes=5).state_dict()
     path = tmp_path / f"weights{ending}"
     saved = wrapped(state)
@@ -92,7 +92,7 @@ def test_other_weights_are_refused_by_the_first_differences() -> None:
 @pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224"])
 def test_positions_are_resampled_as_timm_does(name: str) -> None:
     small = network(name, img_size=32, num_classes=3, **VIT)
-    large = timm.create_model(name, img_size=64, num_classes=0, **VIT)
+    large: Any = timm.create_model(name, img_size=64, num_classes=0, **VIT)
     weights, said = fit_weights(large, small.state_dict(), name)
     large.load_state_dict(weights)
     assert said[-1] == "positions are resampled from 8 x 8 to 16 x 16 patches"

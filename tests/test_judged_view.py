@@ -34,6 +34,7 @@ def sizes(config: Config) -> tuple[int, int]:
     resize, crop = config.test.views[0].ops
     assert isinstance(resize, Resize)
     assert isinstance(crop, CenterCrop)
+    assert isinstance(crop.size, int)
     return resize.size, crop.size
 
 

@@ -97,6 +97,12 @@ RUNS: dict[str, Run | Skipped] = {
         f"{TINY} --data.train data/cifar10 --run.accumulate 2 --run.out runs/cached",
         "batch norm normalises each micro-batch",
     ),
+    "python training/train.py --method dino --data.holdout 0.05 --run.keep-best holdout_knn_top1 "
+    "--run.keep-every 10000": Skipped("test_validation does"),
+    "python training/train.py --method supervised --init runs/mae-photos "
+    "--augmentation.view.random-resized-crop.size 384": Skipped("test_initial does"),
+    "python training/train.py --method dino --backbone vit_small_patch16_224 --init "
+    "dino_deitsmall16_pretrain.pth": Skipped("weights of others; test_initial has its own"),
     "python tools/show_reconstruction.py RUN --out F.png": Skipped("test_show_reconstruction does"),
     "python tools/bench_methods.py --jobs 2 --threads 1": Skipped("test_bench_methods does"),
     # tools/benchmarks/README.md

@@ -41,12 +41,10 @@ def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
     several_nodes = int(environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES", 1)))
     job = int(environment.get("SLURM_JOB_ID", "0")) + int(environment.get("SLURM_STEP_ID", "0"))
-    environment |= {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": tasks,
-        "LOCAL_RANK": environment.get("SLURM_LOCALID", environment["SLURM_PROCID"]),
-        "LOCAL_WORLD_SIZE": str(_tasks_on_this_node(environment, int(tasks))),
-    }
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = tasks
+    environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", environment["SLURM_PROCID"])
+    environment["LOCAL_WORLD_SIZE"] = str(_tasks_on_this_node(environment, int(tasks)))
     address = first_node(nodes) if several_nodes > 1 else "127.0.0.1"
     environment.setdefault("MASTER_ADDR", address)
     environment.setdefault("MASTER_PORT", str(_FIRST_PORT + job % _PORTS))
