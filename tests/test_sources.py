@@ -569,6 +569,14 @@ def test_unlabelled_shards_are_no_classes(tmp_path: Path) -> None:
     assert (split.classes, [sample.label for sample in split.samples]) == ((), [-1] * 4)
 
 
+def test_folders_of_tars_that_are_not_read_as_classes_are_said(tmp_path: Path) -> None:
+    for folder in ("cat", "dog"):
+        pictures = {n: d for n, d in shard_files(0, 1).items() if n.endswith("png")}
+        write_tar(tmp_path / folder / "000.tar", pictures)
+    (split,) = list_source(tmp_path)
+    assert "2 folder(s) of tars are not read as classes, as 'cat'" in split.notes
+
+
 def test_tars_beside_unpacked_folders_are_not_taken_for_the_set(tmp_path: Path) -> None:
     write(tmp_path, below("train", TRAIN))
     write_tar(tmp_path / "train.tar", shard_files(0, 1))
@@ -588,6 +596,18 @@ def parquet_of(path: Path, columns: dict[str, list], images: list[bytes | None])
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pyarrow.table({"image": pyarrow.array(cells, kind), **arrays}), path)
     return path
+
+
+def test_parquet_of_several_configurations_is_refused(tmp_path: Path) -> None:
+    for name in ("red", "blue"):
+        parquet_of(tmp_path / name / "train" / "0.parquet", {"label": [0]}, [name.encode()])
+    with pytest.raises(ShardError, match=r"2 folders hold Parquet files of one split: name one, "):
+        list_source(tmp_path)
+    assert contents(list_source(tmp_path / "red")[0]) == {"red": 0}
+    for part in ("part-0", "part-1"):
+        path = tmp_path / "parts" / part / "train-0.parquet"
+        parquet_of(path, {"label": [0]}, [part.encode()])
+    assert contents(list_source(tmp_path / "parts")[0]) == {"part-0": 0, "part-1": 0}
 
 
 def test_text_labels_of_parquet_are_classes_numbered_by_train(tmp_path: Path) -> None:

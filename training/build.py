@@ -18,7 +18,7 @@ from headrace.training.backbones import EncoderFactory, resolve_options
 from headrace.training.catalogue import find_method
 from headrace.training.config import Config
 from headrace.training.initial import read_initial_weights
-from headrace.training.inputs import sample_images
+from headrace.training.inputs import initial_images, sample_images
 from headrace.training.judged_view import judged_pixels, side_pixels
 from headrace.training.method import Facts, Method
 from headrace.training.preset import ConfigError
@@ -81,7 +81,7 @@ def method_of_run(
     say: Callable[[list[str]], None],
 ) -> Method:
     """The method that a run trains, as `build_method` makes it."""
-    run, holdout = config.run, config.data.holdout
+    run = config.run
     facts = facts_of(
         config.augmentation,
         num_classes=len(store.classes),
@@ -100,7 +100,7 @@ def method_of_run(
         run.seed,
         resumed=resumed,
         compiled=run.compile,
-        images=partial(sample_images, store, config.test, run.seed, subset=subset, holdout=holdout),
+        images=partial(initial_images, config, store, subset),
         say=say,
     )
 

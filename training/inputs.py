@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -119,6 +120,18 @@ def feature_pass(
     )
 
 
+def initial_images(config: Config, store: Store, subset: NDArray[np.int64] | None) -> Tensor:
+    """`sample_images` of a run, for what is fitted to images before it begins."""
+    return sample_images(
+        store,
+        config.test,
+        config.run.seed,
+        subset=subset,
+        holdout=config.data.holdout,
+        on_error=config.data.on_error,
+    )
+
+
 def sample_images(
     store: Store,
     view: Augmentation,
@@ -126,11 +139,12 @@ def sample_images(
     *,
     subset: NDArray[np.int64] | None = None,
     holdout: float = 0.0,
+    on_error: Literal["raise", "skip"] = "raise",
 ) -> Tensor:
     """float32 [n <= 2048, 3, H, W] on the CPU: training images by the seed, in the test view.
 
     The first ones of the order of the run's first epoch, through the reference engine: equal on
-    every rank, and whichever engine trains or judges.
+    every rank, and whichever engine trains or judges. on_error: as `Data.on_error`.
     """
     plain = replace(view, mix=None, group=1)
     with open_loader(
@@ -143,6 +157,7 @@ def sample_images(
         subset=subset,
         drop_last=False,
         passes=1,
+        on_error="replace" if on_error == "skip" else "raise",
     ) as loader:
         return torch.cat([batch.views[0] for batch in islice(loader, _SAMPLE_BATCHES)])
 

@@ -5,6 +5,7 @@ file; image bytes are read by the workers, a row group at a time.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +17,13 @@ from headrace.shards.class_numbers import ClassNumbers, class_numbers, numbered_
 from headrace.shards.index import ShardError
 from headrace.shards.manifest import ClassName
 from headrace.shards.sources.samples import ParquetReference, Sample, SourceSplit
+from headrace.shards.split_names import splits_in
 
 if TYPE_CHECKING:
     import pyarrow
 
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
+_PART = re.compile(r"[^=]+=.*|([a-zA-Z]+[-_]?)?\d+")  # a folder that is a part: year=2020, part-07
 _Label = int | str | None
 
 
@@ -55,6 +58,8 @@ def list_parquet(files: Mapping[str, Sequence[Path]], only: str | None) -> list[
     if "" in files and len(files) > 1:
         path = files[""][0]
         raise ShardError(f"{path}: its name says no split, but other files' do; move it away")
+    for paths in files.values():
+        _require_one_set(paths)
     train = None
     if "train" in files:
         listed = _list_files(files["train"])
@@ -78,6 +83,22 @@ def list_parquet(files: Mapping[str, Sequence[Path]], only: str | None) -> list[
         notes = (*listed.notes, *numbers.notes)
         splits.append(SourceSplit(name, "Parquet", classes, samples, notes))
     return splits
+
+
+def _require_one_set(paths: Sequence[Path]) -> None:
+    """Raise `ShardError` where the files of a split lie in folders that say different things, as a
+    data set of several configurations has them. Numbered parts of one set are joined."""
+    folders: set[Path] = set()
+    for path in paths:
+        folder = path.parent
+        while splits_in(folder.name):
+            folder = folder.parent
+        folders.add(folder)
+    if len(folders) > 1 and not all(_PART.fullmatch(folder.name) for folder in folders):
+        listed = ", ".join(str(folder) for folder in sorted(folders))
+        raise ShardError(
+            f"{len(folders)} folders hold Parquet files of one split: name one, {listed}"
+        )
 
 
 def _list_files(paths: Sequence[Path]) -> _Listed:
