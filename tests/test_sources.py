@@ -503,6 +503,19 @@ def test_webdataset_tars_are_a_source_with_labels_and_splits(tmp_path: Path) -> 
     assert pickle.loads(pickle.dumps(store)).names([0]) == store.names([0])
 
 
+@pytest.mark.parametrize("pattern", ["train-*.tar", "train-{0000,0001}.tar"])
+def test_a_pattern_of_tars_is_a_source(tmp_path: Path, pattern: str) -> None:
+    for shard in range(2):
+        write_tar(tmp_path / f"train-{shard:04d}.tar", shard_files(3 * shard, 3))
+    write_tar(tmp_path / "val-0000.tar", shard_files(8, 1))
+    (split,) = list_source(tmp_path / pattern)
+    assert len(split.samples) == 6
+    assert_opened_alike(tmp_path / pattern, split)
+    assert {s.name for s in list_source(tmp_path / "*.tar")} == {"train", "val"}
+    with pytest.raises(ShardError, match="does not exist"):
+        list_source(tmp_path / "nothing-*.tar")
+
+
 def test_a_tar_of_no_split_beside_others_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "train-0000.tar", shard_files(0, 1))
     write_tar(tmp_path / "more-0000.tar", shard_files(1, 1))

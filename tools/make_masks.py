@@ -37,6 +37,7 @@ from headrace.shards.index import ShardError, read_index
 from headrace.shards.local import local
 from headrace.shards.manifest import Manifest
 from headrace.shards.parts import Note
+from headrace.shards.pixels import eight_bit
 from headrace.shards.progress import progress_bar
 from headrace.shards.store import Store, open_store
 from headrace.shards.terminal import print_any_name
@@ -207,7 +208,7 @@ def _squares(job: Job, ids: Sequence[int]) -> list[Pixels]:
         try:
             with Image.open(io.BytesIO(encoded.data)) as file:
                 file.draft("RGB", (job.side, job.side))  # a large JPEG is decoded smaller
-                picture = file.convert("RGB")
+                picture = eight_bit(file).convert("RGB")
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
             name = job.store.names([sample_id])[0]
             raise ShardError(

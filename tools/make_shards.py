@@ -35,6 +35,7 @@ SRC is recognised by looking; every image that is not used is counted in a line 
                            trainLabels.csv, val_annotations.txt, meta/val.txt, dataset.json)
   ImageNet's tars          ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, ILSVRC2012_devkit_t12
   ImageNet from Kaggle     ILSVRC/Data/CLS-LOC/..., LOC_val_solution.csv
+  WebDataset tars          a folder of them, 'x-*.tar' or 'x-{000..012}.tar'; splits in the names
   Parquet                  as Hugging Face writes it: a column of image bytes, a column of labels
   arrays                   train.npz, val.npz, test.npz with images, labels, classes; CIFAR's
                            pickles and downsampled ImageNet as they are downloaded
@@ -57,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     print_any_name()
     options = _parse(arguments)
     source: Path = options.src
-    out: Path = options.out or Path("data") / (source.resolve().stem or "images")
+    named = source if source.exists() else source.parent  # of a pattern of tars
+    out: Path = options.out or Path("data") / (named.resolve().stem or "images")
     try:
         convert_options = ConvertOptions(
             options.format,
@@ -109,7 +111,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "src",
         metavar="SRC",
         type=local,
-        help="a directory, or a .npz, .parquet or ImageNet .tar",
+        help="a directory, a .npz, .parquet or .tar, or a pattern of tars",
     )
     add(
         "--out",

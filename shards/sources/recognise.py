@@ -15,6 +15,7 @@ from pathlib import Path
 from headrace.shards.index import INDEX_FILE, ShardError
 from headrace.shards.local import local_path
 from headrace.shards.manifest import MANIFEST_FILE, PARTS_DIRECTORY
+from headrace.shards.patterns import expand, is_pattern
 from headrace.shards.sources.arrays import ArrayFiles, find_arrays, list_arrays
 from headrace.shards.sources.census import Recognised, unused_images
 from headrace.shards.sources.folders import list_places, refuse_dangling_images
@@ -25,7 +26,7 @@ from headrace.shards.sources.samples import SourceSplit
 from headrace.shards.sources.tars import list_tar_of_tars, list_tar_set
 from headrace.shards.sources.vocabulary import SPLIT_ORDER, SPLITS, split_of
 from headrace.shards.sources.walk import Folder, walk
-from headrace.shards.tar_sets import recognise_tars, refuse_packed
+from headrace.shards.tar_sets import recognise_tars, refuse_packed, tar_set
 
 _NOT_COUNTED: Mapping[str, int] = {}
 EXPECTED = (
@@ -52,10 +53,12 @@ def recognise(
     listed has a class that train lacks, or something cannot be read.
     """
     source = local_path(source)
-    if not source.exists():
+    pattern = not source.exists() and is_pattern(str(source))
+    if not source.exists() and not pattern:
         raise ShardError(f"{source} does not exist; {EXPECTED}")
     try:
-        recognised = _look(source, wanted, choices)
+        look = _look_at_pattern if pattern else _look
+        recognised = look(source, wanted, choices)
     except OSError as error:
         where = error.filename or source
         raise ShardError(f"cannot read {where}: {error.strerror or error}") from error
@@ -101,11 +104,11 @@ def _look(source: Path, wanted: Sequence[str] | None, choices: Choices) -> Recog
             source, _sorted(splits), _others(arrays.by_split, splits), unused_images(tree, ())
         )
     _refuse_shards(source)
-    tar_set = recognise_tars(source)
-    if tar_set is not None:
+    tars_of_others = recognise_tars(source)
+    if tars_of_others is not None:
         refuse_choices(source, choices)
-        splits = list_tar_set(tar_set, _chosen(tar_set.splits, wanted))
-        return Recognised(source, _sorted(splits), _others(tar_set.splits, splits))
+        splits = list_tar_set(tars_of_others, _chosen(tars_of_others.splits, wanted))
+        return Recognised(source, _sorted(splits), _others(tars_of_others.splits, splits))
     parquet = _by_split(source, _files_of(tree, ".parquet"))
     if parquet and not tree.images_below:
         refuse_choices(source, choices)
@@ -128,6 +131,21 @@ def _look(source: Path, wanted: Sequence[str] | None, choices: Choices) -> Recog
     counts = {place.split: place.images for place in places}
     others = _others(names, splits, counts)
     return Recognised(source, _sorted(splits), others, unused_images(tree, places))
+
+
+def _look_at_pattern(source: Path, wanted: Sequence[str] | None, choices: Choices) -> Recognised:
+    """WebDataset tars that a glob or braces name."""
+    refuse_choices(source, choices)
+    paths = tuple(expand(str(source)))
+    others = [path for path in paths if path.suffix != ".tar"]
+    if others:
+        raise ShardError(f"{others[0]} is no tar: {source} may name WebDataset tars and no others")
+    tars = tar_set(paths, named=True)
+    assert tars is not None or not paths
+    if tars is None:
+        return Recognised(source, (), {})
+    splits = list_tar_set(tars, _chosen(tars.splits, wanted))
+    return Recognised(source, _sorted(splits), _others(tars.splits, splits))
 
 
 def refuse_choices(source: Path, choices: Choices) -> None:
