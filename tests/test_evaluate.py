@@ -342,9 +342,9 @@ def test_evaluate_with_two_processes_gives_the_same(
 def test_both_protocols_share_the_features(
     evaluate: Callable[..., int], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(run), "--k", "5", "--linear.learning-rates", "0.1", "1", "--linear.epochs"]
-    arguments += ["20", "--linear.batch-size", "20", "--json", str(tmp_path / "both.json")]
-    assert evaluate([*arguments, "--protocol", "linear", "knn"]) == 0
+    arguments = [str(run), "--linear.learning-rates", "0.1", "1", "--linear.epochs", "20"]
+    arguments += ["--linear.batch-size", "20", "--json", str(tmp_path / "both.json")]
+    assert evaluate([*arguments, "--k", "5", "--protocol", "linear", "knn"]) == 0
     said = capsys.readouterr().out
     assert "kNN of 21 images among 60 in 3 classes" in said
     assert "linear probe of 21 images, trained on 60 in 3 classes" in said
