@@ -49,6 +49,8 @@ def small_options(name: str) -> list[str]:
     options: list[str] = []
     for field in fields(recipe.objective):
         value: Any = getattr(recipe.objective, field.name)
+        if (name, field.name) == ("moco", "negatives"):
+            continue  # of its memory bank, which the preset has not
         if value != getattr(preset.objective, field.name):
             values = value if isinstance(value, tuple) else (value,)
             options += [f"--objective.{field.name.replace('_', '-')}", *map(str, values)]

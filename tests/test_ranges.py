@@ -92,6 +92,25 @@ def test_a_number_out_of_range_or_without_effect_is_refused(options: str, senten
 
 
 @pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--method moco --objective.bank-momentum 0.9", "with --objective.dictionary queue; it is "
+         "for bank"),
+        ("--method dinov2 --objective.center-momentum 0.5", "it is for mean"),
+        ("--method ibot --objective.patch-out-dim 64", "with --objective.shared-head True"),
+        ("--method pair --objective.temperature 1", "it is for logistic"),
+        ("--method simclr --run.evaluate-every 2", "there is nothing to evaluate on"),
+    ],
+)  # fmt: skip
+def test_what_a_choice_does_not_look_at_is_refused(options: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        parse(options)
+    assert parse("--method moco --objective.dictionary bank --objective.bank-momentum 0.9")
+    assert parse("--method moco --objective.batch-norm-group 0")
+    assert parse("--method npid --objective.loss softmax --objective.negatives 0")
+
+
+@pytest.mark.parametrize(
     ("group", "declared"), [("optim", Optim()), ("run", Run()), ("data", Data())]
 )
 def test_nothing_is_not_a_number(group: str, declared: Any) -> None:

@@ -37,10 +37,11 @@ from headrace.training.preset import (
     Optim,
     Preset,
     nearest,
+    require,
     require_effect,
     require_own_option,
 )
-from headrace.training.ranges import require_ranges
+from headrace.training.ranges import require_ranges, require_used
 from headrace.training.run.directory import CONFIG_FILE
 from headrace.training.run.record import read_network
 
@@ -312,6 +313,13 @@ def _resolve(
     asked = dict(_parse_backbone_option(text) for text in given.backbone_options)
     require_own_option(given.objective, asked)
     require_ranges(given.objective)
+    require_used(preset.objective, given.objective)
+    require(
+        not ("--run.evaluate-every" in names and given.run.evaluate_every)
+        or given.data.val is not None
+        or given.data.holdout > 0,
+        "--run.evaluate-every: there is nothing to evaluate on; give --data.val or --data.holdout",
+    )
     require_effect(preset.optim, given.optim)
     options |= asked
     try:

@@ -39,7 +39,7 @@ _SHARE_BELOW_1 = Range(0, 1, "a fraction in [0, 1)", open_most=True)
 _SHARE_ABOVE_0 = Range(0, 1, "a fraction in (0, 1]", open_least=True)
 
 _RANGES: tuple[tuple[str, Range], ...] = (
-    (r"cpc\.negatives", _COUNT_OR_NONE),
+    (r"(cpc|npid)\.negatives|.*_group", _COUNT_OR_NONE),
     (r"drop_path", _SHARE_BELOW_1),
     (r"label_smoothing|label_weight|distillation_weight|.*_momentum|.*_probability", _SHARE),
     (r"context_share|layer_decay|patch_embed_scale", _SHARE_ABOVE_0),
@@ -49,11 +49,45 @@ _RANGES: tuple[tuple[str, Range], ...] = (
     (r".*temperature|epsilon|scale|loss_scale|margin", _POSITIVE),
     (r"local_stage", Range(-math.inf, math.inf, "a number")),
     (
-        r".*_dims?|.*_layers|.*_depth|.*_heads|heads|.*_iterations|.*_restarts|.*_pixels|.*_group|"
+        r".*_dims?|.*_layers|.*_depth|.*_heads|heads|.*_iterations|.*_restarts|.*_pixels|"
         r"negatives|clusters|num_prototypes|directions|steps",
         _COUNT,
     ),
 )
+
+
+_USED_WITH: dict[str, tuple[str, object]] = {
+    "moco.queue_size": ("dictionary", "queue"),
+    "moco.teacher_momentum": ("dictionary", "queue"),
+    "moco.batch_norm_group": ("dictionary", "queue"),
+    "moco.negatives": ("dictionary", "bank"),
+    "moco.bank_momentum": ("dictionary", "bank"),
+    "pair.margin": ("loss", "margin"),
+    "pair.temperature": ("loss", "logistic"),
+    "dinov2.center_momentum": ("centering", "mean"),
+    "dinov2.sinkhorn_iterations": ("centering", "sinkhorn"),
+    "ibot.patch_out_dim": ("shared_head", False),
+    "deit.temperature": ("distillation", "soft"),
+    "deit.soft_scale": ("distillation", "soft"),
+}
+"""Hyper-parameters that one choice of another one looks at alone."""
+
+
+def require_used(preset: Any, given: Any) -> None:
+    """Raises ConfigError for what was changed in a preset's Objective and is not looked at."""
+    method = type(given).__module__.rpartition(".")[2]
+    for entry in fields(given):
+        value = getattr(given, entry.name)
+        used_with = _USED_WITH.get(f"{method}.{entry.name}")
+        if used_with is None or value == getattr(preset, entry.name):
+            continue
+        switch, choice = used_with
+        option, chosen = (name.replace("_", "-") for name in (entry.name, switch))
+        require(
+            getattr(given, switch) == choice,
+            f"--objective.{option} means nothing with --objective.{chosen} "
+            f"{getattr(given, switch)}; it is for {choice}",
+        )
 
 
 def range_of(objective: Any, name: str) -> Range | None:
