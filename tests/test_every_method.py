@@ -33,9 +33,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         names = np.array([f"class {label}" for label in range(CLASSES)])
         labels = np.arange(count) % CLASSES
         np.savez(root / f"{split}.npz", images=images, labels=labels, classes=names)
+    shards = root.with_name(f"{root.name}-shards")
     convert = runpy.run_path(str(ROOT / "tools/make_shards.py"), run_name="tool")["main"]
-    assert convert([str(root), "--out", str(root / "shards"), "--workers", "1"]) == 0
-    return root / "shards"
+    assert convert([str(root), "--out", str(shards), "--workers", "1"]) == 0
+    return shards
 
 
 @pytest.fixture(scope="module")
