@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 from typing_extensions import override
 
 from headrace.shards.progress import on_terminal, progress_bar, say
-from headrace.training.run.directory import METRICS_FILE, TENSORBOARD_FOLDER
+from headrace.training.run.directory import CONFIG_FILE, METRICS_FILE, TENSORBOARD_FOLDER
 from headrace.training.world import World
 
 if TYPE_CHECKING:
@@ -119,6 +119,9 @@ def open_journal(
     from torch.utils.tensorboard import SummaryWriter
 
     board = SummaryWriter(directory / TENSORBOARD_FOLDER, purge_step=start + 1)
+    if (directory / CONFIG_FILE).is_file():
+        text = (directory / CONFIG_FILE).read_text(encoding="utf-8")
+        board.add_text(CONFIG_FILE, f"```json\n{text}```", start)
     with (directory / METRICS_FILE).open("a", encoding="utf-8") as lines, board:
         bar = None
         if on_terminal(sys.stderr):
