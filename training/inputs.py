@@ -63,9 +63,20 @@ def fitted_batch(
 
 
 def open_training_loader(
-    config: Config, store: Store, subset: NDArray[np.int64] | None, world: World, engine: str
+    config: Config,
+    store: Store,
+    subset: NDArray[np.int64] | None,
+    world: World,
+    engine: str,
+    *,
+    stops_at_faults: bool = False,
 ) -> Loader:
-    """This rank's share of the training stream."""
+    """This rank's share of the training stream.
+
+    stops_at_faults: the caller takes no step with a batch that lacks a picture, so that ranks stay
+    in step; others get an error.
+    """
+    where_it_raises = "report" if stops_at_faults else "raise"
     return open_loader(
         store,
         config.augmentation,
@@ -85,7 +96,7 @@ def open_training_loader(
         threads=_threads(config, world),
         prefetch=config.data.prefetch,
         approximate=config.data.approximate,
-        on_error="replace" if config.data.on_error == "skip" else "report",
+        on_error="replace" if config.data.on_error == "skip" else where_it_raises,
     )
 
 

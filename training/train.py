@@ -78,7 +78,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
     config, about_batches = fitted_batch(config, store, subset, world.size)
     data, run = config.data, config.run
     engine = before["engine"] if before and data.engine == "auto" else data.engine
-    loader = open_training_loader(config, store, subset, world, engine)
+    loader = open_training_loader(config, store, subset, world, engine, stops_at_faults=True)
     epoch_steps = loader.steps_per_epoch
     steps = total_steps(run, epoch_steps)
 
