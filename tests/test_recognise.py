@@ -447,6 +447,13 @@ def test_links_to_folders_are_followed_where_they_are_looked_at(tmp_path: Path) 
         open_store(tmp_path / "subset", "val")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_a_pipe_with_the_name_of_an_image_is_none(tmp_path: Path) -> None:
+    root = plant(tmp_path / "root", classes(".", ABC), {})
+    os.mkfifo(root / "a/7.png")  # whoever reads it waits for ever
+    assert len(open_store(root)) == len(list_source(root)[0].samples) == 6
+
+
 def test_links_in_a_circle_are_refused_by_both(tmp_path: Path) -> None:
     root = plant(tmp_path / "root", classes(".", ABC), {})
     (root / "a/b").symlink_to("../b")
@@ -489,6 +496,7 @@ def test_what_ends_otherwise_is_named_by_both(tmp_path: Path) -> None:
     [
         (classes(".", {str(n): "a" for n in range(11)}, 1), "'10' has label 2"),
         ({f"train\\a\\{i}.png": "d" for i in range(2)}, "every name holds a backslash"),
+        ({"a/0.png": "a", "b/0.png": "b", "x/1.tar": "d"}, r"not looked into (.tar 1), as"),
     ],
 )
 def test_what_may_surprise_is_noted(tmp_path: Path, images: dict[str, str], words: str) -> None:

@@ -26,6 +26,7 @@ from headrace.shards.sources.layout import Ambiguous, Choices, Place
 from headrace.shards.sources.samples import FolderSamples, SourceSplit
 from headrace.shards.sources.vocabulary import (
     LIST_EXTENSIONS,
+    PACKED_ENDINGS,
     endings,
     is_image,
     split_of,
@@ -33,6 +34,7 @@ from headrace.shards.sources.vocabulary import (
     splits_within,
 )
 from headrace.shards.sources.walk import Folder
+from headrace.shards.tar_sets import IMAGENET_PREFIX
 
 _NAMED = 10
 _LIST_BYTES_AT_MOST = 1 << 28  # what is longer is read where --labels names it
@@ -69,7 +71,8 @@ def list_places(
             splits.append(split)
     if splits:
         notes = _empty_splits(tree, places) if splits[0].name else _lists_of_splits(tree)
-        splits[0] = replace(splits[0], notes=(*splits[0].notes, *notes))
+        notes = (*splits[0].notes, *notes, *_packed_files(tree))
+        splits[0] = replace(splits[0], notes=notes)
     if labels is not None and splits and not any(split.classes for split in splits):
         raise ShardError(f"{labels.path} names none of the images below {tree.path}")
     return splits
@@ -141,6 +144,22 @@ def _empty_splits(tree: Folder, places: Sequence[Place]) -> tuple[str, ...]:
         for folder in around.values()
         for inner in folder.folders
         if split_of(inner.name) and not inner.images_below
+    )
+
+
+def _packed_files(tree: Folder) -> tuple[str, ...]:
+    """A note on files that may hold images, beside the folders that do."""
+    packed = [
+        os.path.join(folder.path, name)
+        for folder in tree.below()
+        for name in folder.others
+        if name.lower().endswith(PACKED_ENDINGS) and not name.startswith(IMAGENET_PREFIX)
+    ]
+    if not packed:
+        return ()
+    return (
+        f"{len(packed)} file(s) that may hold images are not looked into ({endings(packed)}), as "
+        f"{packed[0]}",
     )
 
 

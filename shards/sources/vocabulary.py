@@ -19,6 +19,12 @@ IMAGE_EXTENSIONS = frozenset(
 LIST_EXTENSIONS = frozenset((".csv", ".tsv", ".txt", ".json", ".jsonl"))
 """What a list of labels may end with."""
 
+PACKED_ENDINGS = (
+    ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip", ".7z", ".rar", ".parquet", ".arrow",
+    ".npz", ".npy", ".h5", ".hdf5", ".lmdb", ".mdb", ".tfrecord", ".rec", ".beton", ".bin",
+)  # fmt: skip
+"""How files end that may hold many images."""
+
 SPLITS = ("train", "val", "test", "unlabeled")
 """Names that a split of a data set can have."""
 
