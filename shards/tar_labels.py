@@ -31,7 +31,7 @@ def number_labels(
     if unlabelled == len(labels):
         names = _classes_by_tar(paths, scans)
         if not names:
-            return given._replace(notes=(*notes, *_folder_notes(paths, scans)))
+            return given._replace(notes=(*notes, *_notes_on_names(paths, scans)))
         of_tars = [names.index(path.stem) for path in paths]
         labels = np.repeat(of_tars, [len(scan.images) for scan in scans])
         return ClassNumbers(labels, names, (*notes, "each tar is a class, by its name"))
@@ -79,13 +79,19 @@ def _notes(paths: Sequence[Path], scans: Sequence[TarScan]) -> tuple[str, ...]:
     return tuple(f"{n:,} {remark}, as {example}" for remark, (n, example) in together.items())
 
 
-def _folder_notes(paths: Sequence[Path], scans: Sequence[TarScan]) -> tuple[str, ...]:
-    """Folders that may be meant as classes, where nothing else says a class."""
+def _notes_on_names(paths: Sequence[Path], scans: Sequence[TarScan]) -> tuple[str, ...]:
+    """Names that may be meant as classes, where nothing else says a class."""
     inside = {image.key.rpartition("/")[0] for scan in scans for image in scan.images}
     inside = {folder.removeprefix("./") for folder in inside} - {"", "."}
     around = {path.parent.name for path in paths}
+    # Shards are called alike but for their numbers.
+    called = {path.stem.rstrip("0123456789") for path in paths}
     return tuple(
-        f"{len(folders):,} folder(s) {where} are not read as classes, as {min(folders)!r}"
-        for folders, where in ((inside, "inside the tars"), (around, "of tars"))
-        if len(folders) > 1
+        f"{len(names):,} {what} are not read as classes, as {min(names)!r}"
+        for names, what in (
+            (inside, "folder(s) inside the tars"),
+            (around, "folder(s) of tars"),
+            (called, "kind(s) of names of tars"),
+        )
+        if len(names) > 1
     )

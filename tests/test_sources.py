@@ -580,6 +580,7 @@ def test_unlabelled_shards_are_no_classes(tmp_path: Path) -> None:
         write_tar(tmp_path / f"part-{shard:04d}.tar", pictures)
     (split,) = list_source(tmp_path)
     assert (split.classes, [sample.label for sample in split.samples]) == ((), [-1] * 4)
+    assert split.notes == ()
 
 
 def test_folders_of_tars_that_are_not_read_as_classes_are_said(tmp_path: Path) -> None:
@@ -587,7 +588,12 @@ def test_folders_of_tars_that_are_not_read_as_classes_are_said(tmp_path: Path) -
         pictures = {n: d for n, d in shard_files(0, 1).items() if n.endswith("png")}
         write_tar(tmp_path / folder / "000.tar", pictures)
     (split,) = list_source(tmp_path)
-    assert "2 folder(s) of tars are not read as classes, as 'cat'" in split.notes
+    assert split.notes == ("2 folder(s) of tars are not read as classes, as 'cat'",)
+    for name in ("cat1", "dog2"):
+        pictures = {n: d for n, d in shard_files(0, 1).items() if n.endswith("png")}
+        write_tar(tmp_path / "flat" / f"{name}.tar", pictures)
+    (split,) = list_source(tmp_path / "flat")
+    assert split.notes == ("2 kind(s) of names of tars are not read as classes, as 'cat'",)
 
 
 def test_tars_beside_unpacked_folders_are_not_taken_for_the_set(tmp_path: Path) -> None:
