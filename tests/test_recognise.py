@@ -19,6 +19,7 @@ from headrace.shards.convert import convert
 from headrace.shards.sources import list_source, recognise
 from headrace.shards.sources.layout import AS_FOUND, Choices, Layout
 from headrace.shards.sources.vocabulary import IMAGE_EXTENSIONS
+from headrace.training.data_sets import census_of
 from tests.planted import ABC, NO_CLASS, WORDNET, classes, colour_of, flat, picture, plant
 
 
@@ -520,6 +521,21 @@ def test_shards_of_a_split_are_numbered_as_the_folder_is(tmp_path: Path) -> None
             for s in (shards, folder)
         ]
         assert pairs[0] == pairs[1]
+
+
+def test_what_training_and_judging_print_first(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    images = classes("train", {"10": "a", "2": "b"}) | classes("val", {"2": "b"}) | flat(odd, "d")
+    root = plant(tmp_path / "root", images, {})
+    lines = census_of(open_store(root, "train"))
+    assert lines == [
+        f"{root}/train:",
+        "  train: 4 images, 2 classes (class folders)",
+        "  not asked for: val (2 images)",
+        "  not used: 1 image file(s)",
+        f"    1 in {root}/caf\\udce9: none of the splits train, val",
+        "  note: classes are called by numbers that are not their labels: '10' has label 0",
+    ]
 
 
 def test_make_shards_prints_the_census_and_stays_out_of_its_source(tmp_path: Path) -> None:
