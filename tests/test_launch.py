@@ -269,7 +269,7 @@ def test_two_processes_train_by_our_launcher(photos: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ("--data.batch-size 9", "9 is no multiple of"),  # before any rank starts
+        ("--data.batch-size 9", "take a multiple of 2, as 8"),  # before any rank starts
         ("--backbone nonsense", "has no model 'nonsense'"),  # by the ranks
         ("--run.device auto --gpus 99", "--gpus 99: this machine has"),
     ],

@@ -75,8 +75,17 @@ def open_training_loader(
 
     stops_at_faults: the caller takes no step with a batch that lacks a picture, so that ranks stay
     in step; others get an error.
+    Raises ConfigError where ranks and micro-batches cannot share a batch.
     """
     where_it_raises = "report" if stops_at_faults else "raise"
+    batch, parts = config.data.batch_size, config.run.accumulate
+    unit = world.size * parts
+    require(
+        batch % unit == 0,
+        f"--data.batch-size {batch} cannot be shared by {world.size} process(es) with "
+        f"{parts} micro-batch(es) each (--run.accumulate): take a multiple of {unit}, as "
+        f"{max(1, batch // unit) * unit}",
+    )
     return open_loader(
         store,
         config.augmentation,
