@@ -68,7 +68,7 @@ def test_patches_are_those_of_the_same_place(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_masks_have_to_fit(name: str) -> None:
     preset, module = small_preset(name), module_of(name)
-    pixels = tuple(view.size for view in preset.augmentation.flat_views)
+    pixels = tuple(view.shape[0] for view in preset.augmentation.flat_views)
     make = EncoderFactory("test_vit", {"img_size": 32, "patch_size": 4, "dynamic_img_size": True})
     masks = tuple(view.mask for view in preset.augmentation.flat_views)
     for given, text in [

@@ -22,6 +22,7 @@ from headrace.pipelines.ops import (
     RandomResizedCrop,
     Resize,
     Solarize,
+    height_and_width,
 )
 from headrace.pipelines.philox import words
 from headrace.pipelines.recipe import Augmentation, View
@@ -156,8 +157,9 @@ def test_random_crop_is_distributed_as_torchvisions(
 
     theirs = torchvisions_starts(module, height, width)
     # The crop moves by a whole pixel at least; a change of a twentieth is seen in any picture.
-    more = max(1, op.size // 20)
-    wrong = [RandomCrop(op.size, op.padding_pixels + more), RandomCrop(op.size + more)]
+    side = height_and_width(op.size)[0]
+    more = max(1, side // 20)
+    wrong = [RandomCrop(op.size, op.padding_pixels + more), RandomCrop(side + more)]
     assert_same_distribution(theirs, ours, op, wrong)
     mine = ours(op)
     for name in ("top", "left"):

@@ -184,8 +184,8 @@ def test_what_a_method_exports_is_what_is_judged(method: str, data: Path, tmp_pa
     declared, store = find_method(method), open_store(data, "train")
     preset = declared.presets["cifar"]
     options = {**declared.backbone_options, **preset.backbone_options}
-    views = tuple(view.size for view in preset.augmentation.flat_views)
-    options = resolve_options(preset.backbone, options, views, preset.test.flat_views[0].size)
+    views = tuple(view.shape[0] for view in preset.augmentation.flat_views)
+    options = resolve_options(preset.backbone, options, views, preset.test.flat_views[0].shape[0])
     # The run had more images than it is judged with.
     make_run(tmp_path / "run", data, method, preset.backbone, options, samples=50_000)
     record = read_record(tmp_path / "run")

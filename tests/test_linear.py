@@ -103,11 +103,14 @@ def test_top5_counts_five_of_many_classes() -> None:
 def test_identifiers_as_labels_are_judged_as_class_numbers() -> None:
     train, test = clustered(0, 300), clustered(1, 100)
     identifiers = torch.tensor([3, 47_219, 1_234_567, 987_654_321])
-    named = [part._replace(labels=identifiers[part.labels]) for part in (train, test)]
-    result = linear_accuracy(*named, ALONE, sweep=QUICK)
+    named_train, named_test = (
+        part._replace(labels=identifiers[part.labels]) for part in (train, test)
+    )
+    result = linear_accuracy(named_train, named_test, ALONE, sweep=QUICK)
     assert result == linear_accuracy(train, test, ALONE, sweep=QUICK)
     assert result.classes == 4
-    assert knn_accuracy(*named, ALONE, ks=(5,)) == knn_accuracy(train, test, ALONE, ks=(5,))
+    of_identifiers = knn_accuracy(named_train, named_test, ALONE, ks=(5,))
+    assert of_identifiers == knn_accuracy(train, test, ALONE, ks=(5,))
 
 
 def test_the_rate_is_chosen_without_the_test_set() -> None:

@@ -354,8 +354,8 @@ def test_presets_are_whole(name: str) -> None:
 def test_presets_build_as_published(name: str, preset: str) -> None:
     """On the meta device, where the largest network costs nothing."""
     recipe: Preset = module_of(name).PRESETS[preset]
-    pixels = tuple(view.size for view in recipe.augmentation.flat_views)
-    test_pixels = recipe.test.flat_views[0].size
+    pixels = tuple(view.shape[0] for view in recipe.augmentation.flat_views)
+    test_pixels = recipe.test.flat_views[0].shape[0]
     options = resolve_options(recipe.backbone, recipe.backbone_options, pixels, test_pixels)
     masks = tuple(view.mask for view in recipe.augmentation.flat_views)
     facts = Facts(1000, 10**6, pixels, recipe.batch_size, 100, 1000, masks=masks)

@@ -505,7 +505,7 @@ def test_every_recipe_says_where_it_comes_from(name: str) -> None:
 
 def test_every_view_names_one_picture_size() -> None:
     sizes: dict[str, list[int]] = {
-        name: [view.size for view in recipes.named(name).flat_views] for name in recipes.NAMED
+        name: [view.shape[0] for view in recipes.named(name).flat_views] for name in recipes.NAMED
     }
     assert sizes["dino"] == [224] * 2 + [96] * 8
     assert sizes["swav"] == [224] * 2 + [96] * 6

@@ -95,7 +95,7 @@ def test_sheet_holds_the_pictures_as_they_are(show_batch: Any, contact_sheet: An
     groups = show_batch._groups(recipe)
     generator = np.random.default_rng(0)
     views = [
-        Image.fromarray(generator.integers(256, size=(v.size, v.size, 3), dtype=np.uint8))
+        Image.fromarray(generator.integers(256, size=(*v.shape, 3), dtype=np.uint8))
         for v in recipe.flat_views
     ]
     original = Image.new("RGB", (48, 30), (10, 200, 30))

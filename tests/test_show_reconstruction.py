@@ -27,7 +27,7 @@ def tool() -> Any:
 def make_checkpoint(directory: Path, data: Path, method: str) -> None:
     """A run of the method's CIFAR preset that has taken three steps, which changed nothing."""
     preset = find_method(method).presets["cifar"]
-    pixels = tuple(view.size for view in preset.augmentation.flat_views)
+    pixels = tuple(view.shape[0] for view in preset.augmentation.flat_views)
     options = resolve_options(preset.backbone, preset.backbone_options, pixels, pixels[0])
     make_run(directory, data, method, preset.backbone, options)
     masks = tuple(view.mask for view in preset.augmentation.flat_views)

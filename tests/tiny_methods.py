@@ -136,11 +136,13 @@ def build(name: str, encoder: str, *, seed: int = 0, **changes: object) -> Metho
     Leaves torch's global generator as it was.
     """
     preset = small_preset(name, **changes)
-    pixels = tuple(view.size for view in preset.augmentation.flat_views)
+    pixels = tuple(view.shape[0] for view in preset.augmentation.flat_views)
     own = dict(ENCODERS[encoder])
     if encoder == "test_resnet" and "norm_layer" in preset.backbone_options:
         own["norm_layer"] = preset.backbone_options["norm_layer"]
-    options: dict[str, Any] = resolve_options(encoder, own, pixels, preset.test.flat_views[0].size)
+    options: dict[str, Any] = resolve_options(
+        encoder, own, pixels, preset.test.flat_views[0].shape[0]
+    )
     facts = Facts(
         num_classes=CLASSES,
         train_samples=SAMPLES,
@@ -203,7 +205,7 @@ def finished(augmentation: Augmentation, ids: Tensor, epoch: int = 0, seed: int 
         occurrences=np.zeros(len(ids), np.int32),
         sizes=np.full((len(ids), 2), 40, np.int32),
     )
-    views = tuple(pictures(ids, view.size, 0.05, generator) for view in augmentation.flat_views)
+    views = tuple(pictures(ids, view.shape[0], 0.05, generator) for view in augmentation.flat_views)
     batch = Work(plan, [], (ids % CLASSES).numpy()).batch(views)
     staged = device_stage(batch, augmentation.mean, augmentation.std, device=torch.device("cpu"))
     return in_default_dtype(staged)

@@ -127,9 +127,10 @@ def shrink_branches(blocks: nn.Sequential) -> None:
     """The last layer of both branches of block l = 1, 2, ... divided by sqrt(2 l)
     (`fix_init_weight`)."""
     for number, block in enumerate(blocks, start=1):
-        assert isinstance(block, Block)
-        block.attn.proj.weight.div_(math.sqrt(2 * number))
-        block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+        for name in ("attn.proj", "mlp.fc2"):
+            layer = block.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            layer.weight.div_(math.sqrt(2 * number))
 
 
 class Ijepa(Method):
