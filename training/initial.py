@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from headrace.training.preset import ConfigError
+from headrace.training.preset import ConfigError, require
 from headrace.training.run.directory import ENCODER_FILE
 
 _TORCH_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -44,6 +44,17 @@ def read_initial_weights(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise ConfigError(f"--init: {path} is no safetensors file: {error}") from error
+
+
+def require_same_init(given: Path | None, recorded: Path | None, directory: Path) -> None:
+    """Raises ConfigError for an --init with which the run in `directory` did not begin."""
+    same = given is not None and recorded is not None and given.resolve() == recorded.resolve()
+    began = "weights of its own" if recorded is None else f"--init {recorded}"
+    require(
+        given is None or same,
+        f"--init {given}: {directory} began with {began} and goes on from its checkpoint; leave "
+        f"the option out, or choose another --run.out",
+    )
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:

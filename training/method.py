@@ -124,6 +124,9 @@ class Method(nn.Module):
     couples_samples: bool = True
     """Whether a sample's loss depends on the others of its micro-batch. Where it does not, a run
     may go on with other micro-batches."""
+    depends_on_length: bool = True
+    """Whether a step depends on how long the run will be (`Progress.fraction`). Where it does not,
+    a run may become longer, if its learning rate allows."""
     compiles: bool = True
     """Whether --run.compile has anything to compile: the encoder as a whole or its blocks."""
 

@@ -71,6 +71,21 @@ class Schedule:
             case _:
                 assert_never(optim.schedule)
 
+    def is_same_until(self, epochs: float, total_epochs: float) -> bool:
+        """Whether a run of `total_epochs` has the same rate and decay in its first `epochs`."""
+        if self.optim.final_weight_decay is not None:
+            return False
+        match self.optim.schedule:
+            case "constant":
+                return True
+            case "stable_decay":
+                shorter = min(self.total_epochs, total_epochs)
+                return epochs <= max(self.optim.warmup_epochs, shorter - self.optim.decay_epochs)
+            case "cosine" | "whole_cosine" | "steps":
+                return False
+            case _:
+                assert_never(self.optim.schedule)
+
     def weight_decay_at(self, progress: float) -> float:
         """Constant, or a cosine over the whole run."""
         if self.optim.final_weight_decay is None:

@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from headrace.training.config import Config
 from headrace.training.gradients import has_batch_norm
 from headrace.training.method import Method
+from headrace.training.optim import Schedule
 from headrace.training.preset import require
 
 
@@ -22,11 +23,18 @@ def require_runnable(config: Config, method: Method, world_size: int) -> None:
     )
 
 
-def free_on_resume(method: Method) -> tuple[str, ...]:
-    """What of a run's fingerprint may change when it goes on: micro-batches are mere slices of the
-    batch where nothing is coupled across it."""
+def free_on_resume(
+    method: Method, schedule: Schedule, before: Mapping[str, Any], epoch_steps: int
+) -> tuple[str, ...]:
+    """What of a run's fingerprint may change when it goes on from the checkpoint `before`.
+
+    Micro-batches, which are mere slices of the batch where nothing is coupled across it; the
+    length, where no step so far depended on it.
+    """
     coupled = method.couples_samples or has_batch_norm(method)
-    return () if coupled else ("accumulate",)
+    done, length = before["step"] / epoch_steps, before["fingerprint"]["total_steps"] / epoch_steps
+    lengthens = not method.depends_on_length and schedule.is_same_until(done, length)
+    return (*(() if coupled else ("accumulate",)), *(("total_steps",) if lengthens else ()))
 
 
 def _require_still_networks(name: str, method: Method, options: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from headrace.training.data_sets import census_of, largest_side_pixels, open_tra
 from headrace.training.first_words import first_words
 from headrace.training.gradients import cache_sentences
 from headrace.training.guard import Guard, Signals, catch_signals
+from headrace.training.initial import require_same_init
 from headrace.training.inputs import (
     feature_pass,
     fitted_batch,
@@ -48,6 +49,7 @@ from headrace.training.run.faults import Faults, UnusableImage, how_to_go_on
 from headrace.training.run.journal import open_journal
 from headrace.training.run.kept import Kept, require_metric
 from headrace.training.run.lock import locked
+from headrace.training.run.record import read_record
 from headrace.training.run.what_now import what_now
 from headrace.training.step import early_parameters, optimiser_step
 from headrace.training.subset import read_subset
@@ -72,6 +74,8 @@ def main(arguments: Sequence[str]) -> int:
 def train(config: Config, store: Store, out: Path, world: World, signals: Signals) -> int:
     """A whole run, or the rest of one that was stopped. Returns the exit code."""
     before = checkpoint.load(out, world.device, resume=config.run.resume)
+    if before:
+        require_same_init(config.init, read_record(out).init, out)
 
     # ------------------------------------------------------------------------------------- Data
     subset = read_subset(config.data.subset, store)
@@ -119,7 +123,7 @@ def train(config: Config, store: Store, out: Path, world: World, signals: Signal
     faults = Faults(store, before.get("faults") if before else None)
     if before:
         faults.accept_repairs(before)
-        free = free_on_resume(method)
+        free = free_on_resume(method, schedule, before, epoch_steps)
         checkpoint.require_same(out, before["fingerprint"], fingerprint, free=free)
         method.load_state_dict(before["method"])
         optimizer.load_state_dict(before["optimizer"])

@@ -75,6 +75,7 @@ def barlow_twins_loss(correlation: Tensor, off_diagonal_weight: float) -> Tensor
 class BarlowTwins(Method):
     """The encoder and a projection head; no state besides batch norm's."""
 
+    depends_on_length = False
     least_samples = 2
 
     def __init__(self, options: Objective, make_encoder: MakeEncoder) -> None:

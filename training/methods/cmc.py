@@ -89,6 +89,8 @@ class SplitEncoder(nn.Module):
 class Cmc(Method):
     """Two encoders, a linear layer on each, a bank for each."""
 
+    depends_on_length = False
+
     def __init__(self, options: Objective, make_encoder: MakeEncoder, samples: int) -> None:
         super().__init__()
         self.options = options

@@ -138,6 +138,7 @@ class ContextBlock(nn.Module):
 class Cpc(Method):
     """The encoder; per direction a context network and a linear map per distance."""
 
+    depends_on_length = False
     least_samples = 2
 
     def __init__(self, options: Objective, network: nn.Module) -> None:

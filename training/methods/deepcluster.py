@@ -92,6 +92,7 @@ def normalized_mutual_information(first: Tensor, second: Tensor) -> Tensor:
 class DeepCluster(Method):
     """The encoder, a classifier over clusters, and the clusters by sample."""
 
+    depends_on_length = False
     nmi: Tensor
 
     def __init__(self, options: Objective, make_encoder: MakeEncoder, samples: int) -> None:

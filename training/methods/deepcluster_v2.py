@@ -88,6 +88,7 @@ def deepcluster_v2_loss(
 class DeepClusterV2(Method):
     """The encoder and a projection head; clusters and what they are made of, by sample."""
 
+    depends_on_length = False
     prototypes: Tensor
 
     def __init__(self, options: Objective, make_encoder: MakeEncoder, samples: int) -> None:

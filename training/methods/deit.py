@@ -100,6 +100,7 @@ def distillation_loss(
 class Deit(Method):
     """The encoder, its classifier, and where it has a distillation token that token's own."""
 
+    depends_on_length = False
     teacher_digest: Tensor
 
     def __init__(self, options: Objective, make_encoder: MakeEncoder, facts: Facts) -> None:

@@ -115,6 +115,7 @@ class Scored(nn.Module):
 class Dim(Method):
     """The encoder, the networks that score pairs, and the prior's discriminator."""
 
+    depends_on_length = False
     least_samples = 2
 
     def __init__(self, options: Objective, make_encoder: MakeEncoder, pixels: int) -> None:

@@ -55,6 +55,7 @@ def imitation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tens
 class Distill(Method):
     """The student's encoder and one linear layer."""
 
+    depends_on_length = False
     teacher_digest: Tensor
 
     def __init__(self, options: Objective, make_encoder: MakeEncoder, facts: Facts) -> None:

@@ -78,6 +78,7 @@ def spreading_loss(
 class InvariantSpread(Method):
     """The encoder and one linear layer; no state besides batch norm's."""
 
+    depends_on_length = False
     least_samples = 2
 
     def __init__(self, options: Objective, make_encoder: MakeEncoder) -> None:

@@ -103,6 +103,7 @@ class Decoder(nn.Module):
 class Mae(Method):
     """The encoder and the decoder; no state across steps. removed: patches of each sample."""
 
+    depends_on_length = False
     couples_samples = False
 
     def __init__(self, options: Objective, encoder: VisionTransformer, removed: int) -> None:

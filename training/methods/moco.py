@@ -85,6 +85,7 @@ class Moco(Method):
     bank. batch: nothing.
     """
 
+    depends_on_length = False
     memory: RowMemory | None
 
     def __init__(self, options: Objective, make_encoder: MakeEncoder, train_samples: int) -> None:

@@ -58,6 +58,8 @@ def proximal_term(features: Tensor, rows: Tensor) -> Tensor:
 class Npid(Method):
     """The encoder, one linear layer and the bank."""
 
+    depends_on_length = False
+
     def __init__(self, options: Objective, make_encoder: MakeEncoder, samples: int) -> None:
         super().__init__()
         self.options = options

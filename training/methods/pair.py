@@ -83,6 +83,7 @@ def logistic_loss(same: Tensor, different: Tensor, temperature: float, bias: Ten
 class Pair(Method):
     """The encoder, a projection head and, for the logistic loss, a bias; no state across steps."""
 
+    depends_on_length = False
     least_samples = 2
 
     def __init__(self, options: Objective, make_encoder: MakeEncoder) -> None:

@@ -115,6 +115,8 @@ class Pcl(Method):
     prototypes: c / phi [sum of K, D] of all clusterings; assignments: by id, a column for each.
     """
 
+    depends_on_length = False
+
     def __init__(self, options: Objective, make_encoder: MakeEncoder, samples: int) -> None:
         super().__init__()
         self.options = options

@@ -72,6 +72,7 @@ def nt_xent(
 class SimClr(Method):
     """The encoder and a projection head; no state besides batch norm's."""
 
+    depends_on_length = False
     least_samples = 2
 
     def __init__(self, options: Objective, make_encoder: MakeEncoder) -> None:

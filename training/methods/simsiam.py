@@ -50,6 +50,8 @@ def simsiam_loss(predictions: Tensor, projections: Tensor) -> Tensor:
 class SimSiam(Method):
     """The encoder, a projection and a prediction head; no state besides batch norm's."""
 
+    depends_on_length = False
+
     def __init__(self, options: Objective, make_encoder: MakeEncoder) -> None:
         super().__init__()
         self.encoder = make_encoder()

@@ -134,6 +134,7 @@ class Spark(Method):
     side: cells of a row of the grid, and rows; removed: hidden cells of each sample.
     """
 
+    depends_on_length = False
     compiles = False  # each convolution is run by itself, on what is visible
 
     def __init__(

@@ -46,6 +46,8 @@ class Objective:
 class Supervised(Method):
     """The encoder and one linear layer."""
 
+    depends_on_length = False
+
     def __init__(self, options: Objective, make_encoder: MakeEncoder, num_classes: int) -> None:
         super().__init__()
         self.options = options

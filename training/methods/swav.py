@@ -71,6 +71,7 @@ def swav_loss(logits: Tensor, codes: Tensor, temperature: float) -> Tensor:
 class SwAV(Method):
     """The encoder, a projection head, the prototypes, and a queue where one is asked for."""
 
+    depends_on_length = False
     least_samples = 2
 
     def __init__(self, options: Objective, make_encoder: MakeEncoder, facts: Facts) -> None:

@@ -96,6 +96,7 @@ def vicreg_loss(first: Tensor, second: Tensor, weights: Objective) -> dict[str, 
 class VicReg(Method):
     """The encoder and an expander; no state besides batch norm's."""
 
+    depends_on_length = False
     least_samples = 2
 
     def __init__(self, options: Objective, make_encoder: MakeEncoder) -> None:

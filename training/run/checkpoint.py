@@ -68,8 +68,10 @@ def require_same(
     if changed := differences({**old, **later, **free_ones}, new):
         longer = old.get("total_steps") != new.get("total_steps")
         instead = (
-            f". A run has one length, for its schedules run to its end: a new one starts from this "
-            f"one's encoder with --init {directory} and another --run.out"
+            f". Its schedules run to its end, so it has one length (--optim.schedule constant, and "
+            f"stable_decay before it decays, can become longer in methods without a schedule of "
+            f"their own): a new one starts from this one's encoder with --init {directory} and "
+            f"another --run.out"
         )
         more = len(changed) - _DIFFERENCES_SHOWN
         raise CheckpointError(
