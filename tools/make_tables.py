@@ -243,7 +243,7 @@ def methods_section(lines: Sequence[Line]) -> str:
         f"thread{'s' if last['threads'] > 1 else ''}{beside}, the fastest seed's; MB its largest "
         f"resident set."
     )
-    return "\n\n".join([markdown(_filled(table(lines))), f"{note} {_where(last)}"])
+    return "\n\n".join([markdown(_filled(table(lines))), f"{note} {_where(last, runs)}"])
 
 
 def quickstart_section(lines: Sequence[Line]) -> str:
@@ -267,7 +267,7 @@ def quickstart_section(lines: Sequence[Line]) -> str:
         f"`{last['method']}`, preset `{last['preset']}`, `{last['backbone']}`; top-1 of all 10,000 "
         f"test images by kNN with k = 20."
     )
-    return "\n\n".join([markdown(_filled(rows)), f"{note} {_where(last)}"])
+    return "\n\n".join([markdown(_filled(rows)), f"{note} {_where(last, lines)}"])
 
 
 def demo_section(lines: Sequence[Line]) -> str:
@@ -321,13 +321,16 @@ def _last(lines: Sequence[Line]) -> Line:
     return max(lines, key=lambda line: line["date"])
 
 
-def _where(line: Line) -> str:
+def _where(line: Line, among: Sequence[Line] = ()) -> str:
+    """When and on what: of one line, or on the days of several that were measured alike."""
+    days = sorted({each["date"][:10] for each in among or [line]})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     machine, versions = line["machine"], line["versions"]
     named = ("python", "torch", "torchvision", "pillow", "timm")
     shown = [f"{name} {versions[name]}" for name in named if name in versions]
     shown += [f"DALI {value}" for name, value in versions.items() if name.startswith("nvidia-dali")]
     return (
-        f"Measured {line['date'][:10]} on {machine['cores']} cores of {machine['processor']}; "
+        f"Measured {when} on {machine['cores']} cores of {machine['processor']}; "
         f"{', '.join(shown)}."
     )
 
