@@ -237,7 +237,7 @@ def test_rows_are_measured_skipped_and_failed(
     assert "3 rows to measure, 2 asked for" in done.stdout
     assert "one seed cannot tell" in done.stdout
     assert done.stdout.count("simsiam, seed 1: judging") == 2
-    assert "mae, seed 1: failed: training ended with 2: timm cannot build" in done.stdout
+    assert "mae, seed 1: failed: training ended with 2: mae needs a plain ViT" in done.stdout
     by_name = {one["name"]: one for one in rows.read_rows(path)}
     assert by_name.keys() == {"mae", "simsiam", "raw pixels, 32 px"}
     assert by_name["mae"]["status"] == "failed"

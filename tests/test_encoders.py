@@ -198,7 +198,7 @@ def test_a_run_begins_with_what_untrained_judges(
     def refuse(*arguments: object, **options: object) -> Tensor:
         raise AssertionError("a resumed run has its weights")
 
-    monkeypatch.setattr("headrace.training.train.sample_images", refuse)
+    monkeypatch.setattr("headrace.training.build.initial_images", refuse)
     demo_run("--run.steps", "2", "--optim.learning-rate", "0")
 
 

@@ -64,9 +64,7 @@ BENCHMARKS = ROOT / "tools/benchmarks"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    place = arguments.index("--") if "--" in arguments else len(arguments)
-    options, added = _parse(arguments[:place]), arguments[place + 1 :]
+    options = _parse(arguments)
     try:
         if options.table:
             rows = read_rows(options.json)
@@ -74,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise RowsError(f"{options.json} holds no rows yet")
             print(plain(table(rows)))
             return 0
-        return _measure_all(options, tuple(added))
+        return _measure_all(options, options.added)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -83,7 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """added: what follows --, the options that every run gets."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    place = given.index("--") if "--" in given else len(given)
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options] [-- options of training/train.py]",
         description="Train every method on a part of CIFAR-10 under one equal budget and judge its "
@@ -144,7 +145,9 @@ examples:
     )
     parser.add_argument("--again", action="store_true", help="measure rows anew that are there")
     parser.add_argument("--table", action="store_true", help="print the table, measure nothing")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(given[:place])
+    options.added = tuple(given[place + 1 :])
+    return options
 
 
 def _default_file() -> Path:
