@@ -274,6 +274,11 @@ def test_a_store_is_read_as_the_page_says(cifar10: Path) -> None:
 def test_the_encoder_is_a_timm_model(place: Path) -> None:
     """In small: the run above is of another backbone than the page's."""
     (loading,) = [block for block in python_blocks(README) if "local-dir" in block]
+    if not (
+        place / "runs/simclr-photos/encoder"
+    ).is_dir():  # run alone, without the page's commands
+        train = f"--method simclr {TINY} --data.train photos --run.out runs/simclr-photos"
+        run(place, sys.executable, str(ROOT / "training/train.py"), *train.split())
     check = "from PIL import Image\nseen = transform(Image.open('photos/val/cat/0.jpg'))[None]\n"
     check += "assert encoder(seen).shape[0] == 1\n"
     run(place, sys.executable, "-c", loading + check)
