@@ -167,6 +167,18 @@ def test_neighbours_found_in_float32_are_those_of_float64(
     assert torch.equal(found.similarities, similarities.gather(1, order))
 
 
+def test_neighbours_are_the_same_under_autocast() -> None:
+    """A method may ask for them where products of float32 are made in bfloat16."""
+    random = np.random.default_rng(0)
+    rows = normalise(torch.tensor(random.normal(size=32) + 0.05 * random.normal(size=(400, 32))))
+    bank, queries = Features(torch.arange(400), rows, torch.arange(400)), rows[::7]
+    expected = nearest(bank, queries, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = nearest(bank, queries, 10)
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.similarities, expected.similarities)
+
+
 @given(st.integers(0, 10**6), st.sampled_from([2, 384, 2048]))
 @settings(max_examples=10, deadline=None)
 def test_similarities_are_exact(seed: int, width: int) -> None:

@@ -161,7 +161,9 @@ def _likeliest(
     values = queries.new_full((len(queries), 0), 0.0)
     rows = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(features), tile_rows):
-        similarities = queries @ features[start : start + tile_rows].T
+        # Autocast would make a product of bfloat16, whose error is beyond the bound.
+        with torch.autocast(queries.device.type, enabled=False):
+            similarities = queries @ features[start : start + tile_rows].T
         top = similarities.topk(min(count, similarities.shape[1]), dim=1)
         values, rows = torch.cat([values, top.values], 1), torch.cat([rows, top.indices + start], 1)
         values, kept = values.topk(min(count, values.shape[1]), dim=1)
